@@ -1,0 +1,89 @@
+# Works from a bare clone: Python 3.11 or newer, make and a C++ compiler are all it needs.
+# Every target makes what it depends on and makes it again only when its inputs changed.
+
+PYTHON ?= python3
+VENV   ?= .venv
+RECIPE ?=
+ARGS   ?=
+PYTEST ?= -q
+
+BIN    := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+NATIVE := $(shell find csrc -type f 2>/dev/null)
+CPP    := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart quickstart-60s build test parity lint format clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) RECIPE=name or file.toml ARGS='section.key=value ...' PYTEST='$(PYTEST)'"
+
+quickstart: build ## Install, build, train the small world and write its report
+	@echo "==> Train: torchrun -m snoopi.train $(RECIPE) $(ARGS)"
+	@$(BIN)/torchrun -m snoopi.train $(RECIPE) $(ARGS)
+
+quickstart-60s: build ## The same, tiny: checks that everything works together
+	@echo "==> Train: torchrun -m snoopi.train debug --out runs/ci $(ARGS)"
+	@$(BIN)/torchrun -m snoopi.train debug --out runs/ci $(ARGS)
+
+build: $(STAMPS)/build ## Make .venv, install the pinned requirements, build the op
+
+test: build $(STAMPS)/test ## Run the tests (all but gpu, slow and parity)
+	@echo "==> Test: pytest $(PYTEST)"
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not parity" $(PYTEST)
+
+parity: build $(STAMPS)/parity ## Compare with diffusers, transformers and peft
+	@echo "==> Parity: pytest tests/parity $(PYTEST)"
+	@$(BIN)/python -m pytest -m "parity and not slow and not gpu" $(PYTEST) tests/parity
+
+lint: $(STAMPS)/dev ## Check style and types; changes nothing
+	@echo "==> Lint: ruff, clang-format, mypy"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
+	@$(BIN)/mypy
+
+format: $(STAMPS)/dev ## Format the Python and C++ sources in place
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@$(if $(CPP),$(BIN)/clang-format -i $(CPP))
+
+clean: ## Remove .venv, builds and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find snoopi csrc -name '*.so' -delete 2>/dev/null || true
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMPS)/venv:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "error: '$(PYTHON)' was not found; install Python 3.11 or newer, or name it: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: Python 3.11 or newer is needed, but $(PYTHON) is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: $(PYTHON) has no venv module; install it (Debian and Ubuntu: the package python3-venv)" >&2; exit 1; }
+	@echo "==> Virtual environment: $(VENV) ($$($(PYTHON) -V 2>&1))"
+	@$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/run: requirements/run.txt | $(STAMPS)/venv
+	@echo "==> Install: requirements/run.txt (the first time torch is a large download)"
+	@$(PIP) install -r requirements/run.txt
+	@touch $@
+
+$(STAMPS)/test $(STAMPS)/parity $(STAMPS)/dev: $(STAMPS)/%: requirements/%.txt $(STAMPS)/run
+	@echo "==> Install: requirements/$*.txt"
+	@$(PIP) install -r requirements/$*.txt
+	@touch $@
+
+$(STAMPS)/parity: requirements/test.txt
+
+$(STAMPS)/build: setup.py pyproject.toml $(NATIVE) $(STAMPS)/run
+	@test "$$SNOOPI_BUILD" = none || command -v "$${CXX:-c++}" >/dev/null || { \
+	  echo "error: the C++ compiler '$${CXX:-c++}' was not found; install one (Debian and Ubuntu: g++) or set CXX," >&2; \
+	  echo "       or build without the fused op (slower): SNOOPI_BUILD=none make build" >&2; exit 1; }
+	@echo "==> Build: the op and an editable install (about a minute)"
+	@$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
