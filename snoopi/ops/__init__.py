@@ -1,0 +1,22 @@
+"""Cross-attention ops: plain attention, NASA and its twin form; fused on the CPU where built."""
+
+from snoopi.ops.nasa import (
+    attention,
+    explain,
+    nasa_attention,
+    nasa_attention_packed,
+    twin_attention,
+)
+from snoopi.ops.packs import LinearPack, TextPack, pack_linear, pack_text
+
+__all__ = [
+    "LinearPack",
+    "TextPack",
+    "attention",
+    "explain",
+    "nasa_attention",
+    "nasa_attention_packed",
+    "pack_linear",
+    "pack_text",
+    "twin_attention",
+]

@@ -1,0 +1,170 @@
+"""Registers snoopi::nasa_attention and snoopi::twin_attention: schemas, default, fakes, gradients.
+
+Schemas exist in every build. The default implementation of an op is its reference, so a graph that
+holds the op runs anywhere; the native library, when loaded, takes over the CPU.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snoopi.ops import eager, reference
+from snoopi.ops.packs import TextPack
+
+NASA = "snoopi::nasa_attention"
+TWIN = "snoopi::twin_attention"
+_NUM_NASA_TENSORS = 13
+_NUM_TWIN_TENSORS = 7
+
+torch.library.define(
+    NASA,
+    "(Tensor q, Tensor k_pos, Tensor v_pos, Tensor k_neg, Tensor v_neg, Tensor? w_out, "
+    "Tensor? b_out, Tensor? k_null, Tensor? v_null, Tensor? mask_pos, Tensor? mask_neg, "
+    "Tensor? mask_null, Tensor? strength, float nasa_scale, float softmax_scale) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    TWIN,
+    "(Tensor q, Tensor k_pos, Tensor v_pos, Tensor k_neg, Tensor v_neg, Tensor? mask_pos, "
+    "Tensor? mask_neg, float softmax_scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def nasa_op(
+    q: Tensor,
+    pos: TextPack,
+    neg: TextPack,
+    null: TextPack | None,
+    w_out: Tensor | None,
+    b_out: Tensor | None,
+    nasa_scale: float | Tensor,
+    softmax_scale: float,
+) -> Tensor:
+    """Call snoopi::nasa_attention; with a tensor strength the float beside it is unused."""
+    k_null, v_null, mask_null = null if null is not None else (None, None, None)
+    tensor = isinstance(nasa_scale, Tensor)
+    args = (q, pos.k, pos.v, neg.k, neg.v, w_out, b_out, k_null, v_null)
+    masks = (pos.mask, neg.mask, mask_null)
+    strength = (nasa_scale, 0.0) if tensor else (None, nasa_scale)
+    return torch.ops.snoopi.nasa_attention.default(*args, *masks, *strength, softmax_scale)
+
+
+def twin_op(
+    q: Tensor, pos: TextPack, neg: TextPack, softmax_scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Call snoopi::twin_attention."""
+    return torch.ops.snoopi.twin_attention.default(
+        q, pos.k, pos.v, neg.k, neg.v, pos.mask, neg.mask, softmax_scale
+    )
+
+
+def _nasa_by(
+    chain: Any, tensors: Sequence[Tensor | None], nasa_scale: float, scale: float
+) -> Tensor:
+    """Run a chain (of `reference` or `eager`) on the tensors in the schema's order."""
+    q, k_pos, v_pos, k_neg, v_neg, w_out, b_out, k_null, v_null, *rest = tensors
+    mask_pos, mask_neg, mask_null, strength = rest
+    assert q is not None and k_pos is not None and v_pos is not None
+    assert k_neg is not None and v_neg is not None
+    null = None if k_null is None or v_null is None else TextPack(k_null, v_null, mask_null)
+    pos, neg = TextPack(k_pos, v_pos, mask_pos), TextPack(k_neg, v_neg, mask_neg)
+    a = nasa_scale if strength is None else strength
+    return chain(q, pos, neg, null, w_out, b_out, a, scale)
+
+
+@torch.library.impl(NASA, "default")
+def _nasa_default(*args: Any) -> Tensor:
+    tensors, scalars = args[:_NUM_NASA_TENSORS], args[_NUM_NASA_TENSORS:]
+    return _nasa_by(reference.nasa_attention, tensors, *scalars).contiguous()
+
+
+@torch.library.register_fake(NASA)
+def _nasa_fake(*args: Any) -> Tensor:
+    q, w_out = args[0], args[5]
+    shape = q.shape if w_out is None else (*q.shape[:2], w_out.shape[0])
+    return q.new_empty(shape)
+
+
+def _nasa_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:_NUM_NASA_TENSORS])
+    ctx.scalars = inputs[_NUM_NASA_TENSORS:]
+
+
+def _nasa_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Recomputes the forward pass as the ordinary chain in fp32 (fp64) and differentiates it."""
+    wanted = ctx.needs_input_grad[:_NUM_NASA_TENSORS]
+    with torch.enable_grad():
+        inputs = _leaves(ctx.saved_tensors, wanted)
+        wide = [_widen(t) for t in inputs]
+        out = _nasa_by(eager.nasa_attention, wide, *ctx.scalars)
+    return (*_gradients([out], [grad.to(out.dtype)], inputs, wanted), None, None)
+
+
+torch.library.register_autograd(NASA, _nasa_backward, setup_context=_nasa_setup)
+
+
+def _twin_by_reference(tensors: Sequence[Any], scale: float) -> tuple[Tensor, ...]:
+    q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg = tensors
+    pos, neg = TextPack(k_pos, v_pos, mask_pos), TextPack(k_neg, v_neg, mask_neg)
+    return reference.twin_attention(q, pos, neg, scale)
+
+
+@torch.library.impl(TWIN, "default")
+def _twin_default(*args: Any) -> tuple[Tensor, ...]:
+    outputs = _twin_by_reference(args[:_NUM_TWIN_TENSORS], args[_NUM_TWIN_TENSORS])
+    return tuple(t.contiguous() for t in outputs)
+
+
+@torch.library.register_fake(TWIN)
+def _twin_fake(*args: Any) -> tuple[Tensor, ...]:
+    q = args[0]
+    dtype = reference.computing_dtype(q)
+    lse_pos, lse_neg = (q.new_empty(q.shape[:3], dtype=dtype) for _ in range(2))
+    return q.new_empty(q.shape), lse_pos, q.new_empty(q.shape), lse_neg
+
+
+def _twin_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:_NUM_TWIN_TENSORS])
+    ctx.softmax_scale = inputs[_NUM_TWIN_TENSORS]
+
+
+def _twin_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad[:_NUM_TWIN_TENSORS]
+    with torch.enable_grad():
+        inputs = _leaves(ctx.saved_tensors, wanted)
+        outputs = _twin_by_reference([_widen(t) for t in inputs], ctx.softmax_scale)
+    grads = tuple(g.to(out.dtype) for g, out in zip(grads, outputs, strict=True))
+    return (*_gradients(outputs, grads, inputs, wanted), None)
+
+
+torch.library.register_autograd(TWIN, _twin_backward, setup_context=_twin_setup)
+
+
+def _leaves(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The saved tensors, cut from their graph; those whose gradient is wanted require one."""
+    return [
+        None if t is None else t.detach().requires_grad_(want)
+        for t, want in zip(tensors, wanted, strict=True)
+    ]
+
+
+def _widen(tensor: Tensor | None) -> Tensor | None:
+    """16-bit tensors in fp32; all others, masks included, as they are."""
+    if tensor is None or tensor.dtype not in (torch.bfloat16, torch.float16):
+        return tensor
+    return tensor.float()
+
+
+def _gradients(
+    outputs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    inputs: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of the wanted inputs, in the inputs' dtypes and places; None elsewhere."""
+    leaves = [t for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
+    found = iter(torch.autograd.grad(outputs, leaves, grads))
+    return [next(found) if want else None for want in wanted]

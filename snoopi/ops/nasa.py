@@ -1,0 +1,280 @@
+"""The op's Python face: checks, autocast, choice of path. The arithmetic is elsewhere.
+
+b batch, m query tokens (picture), n text tokens, h heads, d head dim.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from snoopi.ops import checks, eager, library, native, reference
+from snoopi.ops.packs import LinearPack, TextPack
+
+NATIVE = native.load()
+_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Choice(NamedTuple):
+    """The path a call takes (fused, eager, reference or plain) and the reason in words."""
+
+    path: str
+    why: str
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    w_out: Tensor | None = None,
+    b_out: Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Plain attention to one text and the output projection: what runs where nothing is negated.
+
+    q [b m h d]; k, v [b|1 n h d]; mask bool [b|1 n], True = attend; w_out [c_out h*d] and b_out
+    [c_out] as in nn.Linear. Returns [b m c_out], or [b m h d] without w_out. softmax_scale is
+    d ** -0.5 unless given. A fully masked text gives 0 (before b_out), never NaN.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+    """
+    call = _Call(q, {"": TextPack(k, v, mask)}, w_out, b_out)
+    return call.run(eager.attend, call.q, call.texts[""], call.w_out, call.b_out, softmax_scale)
+
+
+def nasa_attention(
+    q: Tensor,
+    k_pos: Tensor,
+    v_pos: Tensor,
+    k_neg: Tensor,
+    v_neg: Tensor,
+    w_out: Tensor | None = None,
+    b_out: Tensor | None = None,
+    *,
+    k_null: Tensor | None = None,
+    v_null: Tensor | None = None,
+    mask_pos: Tensor | None = None,
+    mask_neg: Tensor | None = None,
+    mask_null: Tensor | None = None,
+    nasa_scale: float | Tensor,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """NASA cross-attention (SNOOPI Eq. 8-10): (Z+ - a Z-) W_out^T + b_out.
+
+    q [b m h d]; k, v [b|1 n h d], a text of batch 1 serves every q; masks bool [b|1 n], True =
+    attend; w_out [c_out h*d], b_out [c_out] as in nn.Linear. Returns [b m c_out], or [b m h d]
+    without w_out. a = nasa_scale: a float or a tensor [b m] (either dim may be 1; 0-d is fine).
+    With a null text: Z+ - a (Z- - Z0). softmax_scale is d ** -0.5 unless given.
+
+    A fully masked text gives Z = 0, never NaN. A Python 0.0 gives `attention` on the positive text,
+    bit for bit; tensor strengths are never inspected. Accumulates in fp32 (fp64 for fp64). Under
+    autocast every tensor is cast to the autocast dtype; elsewhere dtypes must agree.
+
+    backend: auto takes the fastest path for the call (see `explain`), fused the fused op or an
+    error, reference the plain-torch twin.
+
+    Raises:
+        ValueError: arguments that do not fit together; backend="fused" where it does not exist.
+    """
+    texts = _texts((k_pos, v_pos, mask_pos), (k_neg, v_neg, mask_neg), (k_null, v_null, mask_null))
+    return _nasa(_Call(q, texts, w_out, b_out), nasa_scale, softmax_scale, backend)
+
+
+def nasa_attention_packed(
+    q: Tensor,
+    pos: TextPack,
+    neg: TextPack,
+    out: LinearPack | None,
+    *,
+    null: TextPack | None = None,
+    nasa_scale: float | Tensor,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """`nasa_attention` on texts and an output projection that were packed beforehand.
+
+    For inference, where texts and weights serve many calls. Same shapes, same result.
+
+    Raises:
+        ValueError: as `nasa_attention`.
+    """
+    texts = {"_pos": pos, "_neg": neg} | ({} if null is None else {"_null": null})
+    w_out, b_out = (None, None) if out is None else out
+    return _nasa(_Call(q, texts, w_out, b_out), nasa_scale, softmax_scale, "auto")
+
+
+def twin_attention(
+    q: Tensor,
+    k_pos: Tensor,
+    v_pos: Tensor,
+    k_neg: Tensor,
+    v_neg: Tensor,
+    *,
+    mask_pos: Tensor | None = None,
+    mask_neg: Tensor | None = None,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention to two texts with their log-sum-exp: (z_pos, lse_pos, z_neg, lse_neg).
+
+    Shapes as in `nasa_attention`; z [b m h d] in q's dtype. lse [b m h] is the natural log of the
+    sum of exp(softmax_scale q.k), fp32 (fp64 for fp64), -inf where no key is live. Both are
+    differentiable.
+
+    Raises:
+        ValueError: as `nasa_attention`.
+    """
+    call = _Call(q, _texts((k_pos, v_pos, mask_pos), (k_neg, v_neg, mask_neg)))
+    pos, neg = call.texts["_pos"], call.texts["_neg"]
+    fused = _choose_path(call, backend).path == "fused"
+    chain = library.twin_op if fused else reference.twin_attention
+    return call.run(chain, call.q, pos, neg, _softmax_scale(softmax_scale, call.q))
+
+
+def explain(
+    q: Tensor,
+    k_pos: Tensor,
+    v_pos: Tensor,
+    k_neg: Tensor,
+    v_neg: Tensor,
+    w_out: Tensor | None = None,
+    b_out: Tensor | None = None,
+    *,
+    k_null: Tensor | None = None,
+    v_null: Tensor | None = None,
+    mask_pos: Tensor | None = None,
+    mask_neg: Tensor | None = None,
+    mask_null: Tensor | None = None,
+    nasa_scale: float | Tensor,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> Choice:
+    """The path `nasa_attention` would take for the same arguments, and why.
+
+    Raises:
+        ValueError: as `nasa_attention`.
+    """
+    texts = _texts((k_pos, v_pos, mask_pos), (k_neg, v_neg, mask_neg), (k_null, v_null, mask_null))
+    return _choose(_Call(q, texts, w_out, b_out), nasa_scale, backend)
+
+
+class _Call:
+    """A checked call: tensors of one dtype, ready for any path."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        texts: Mapping[str, TextPack],
+        w_out: Tensor | None = None,
+        b_out: Tensor | None = None,
+    ) -> None:
+        device = q.device.type
+        self.autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
+            device
+        )
+        checks.check_call(q, texts, w_out, b_out, same_dtype=not self.autocast)
+        self.q, self.texts, self.w_out, self.b_out = q, texts, w_out, b_out
+        if self.autocast:
+            self._cast()
+
+    def _cast(self) -> None:
+        q = self.q
+        if q.dtype != torch.float64:  # autocast leaves fp64 alone
+            q = q.to(torch.get_autocast_dtype(q.device.type))
+        self.q = q
+        self.texts = {
+            name: TextPack(text.k.to(q.dtype), text.v.to(q.dtype), text.mask)
+            for name, text in self.texts.items()
+        }
+        self.w_out = None if self.w_out is None else self.w_out.to(q.dtype)
+        self.b_out = None if self.b_out is None else self.b_out.to(q.dtype)
+
+    def run(self, chain: Callable[..., Any], *args: object) -> Any:
+        """Run a path. Autocast has had its say in the casts above; off, so that fp32 stays fp32."""
+        if not self.autocast:
+            return chain(*args)
+        with torch.autocast(self.q.device.type, enabled=False):
+            return chain(*args)
+
+    def needs_grad(self, *more: object) -> bool:
+        """Whether autograd will ask for a gradient of a tensor of the call, or of one in `more`."""
+        tensors = [t for text in self.texts.values() for t in (text.k, text.v)]
+        others = [t for t in more if isinstance(t, Tensor)]
+        return eager.needs_grad(self.q, self.w_out, self.b_out, *tensors, *others)
+
+
+def _nasa(
+    call: _Call, nasa_scale: float | Tensor, softmax_scale: float | None, backend: str
+) -> Tensor:
+    path = _choose(call, nasa_scale, backend).path
+    q, pos, neg, null = call.q, call.texts["_pos"], call.texts["_neg"], call.texts.get("_null")
+    out = (call.w_out, call.b_out)
+    if path == "plain":
+        return call.run(eager.attend, q, pos, *out, softmax_scale)
+    a, scale = _strength(nasa_scale, q), _softmax_scale(softmax_scale, q)
+    return call.run(_CHAINS[path], q, pos, neg, null, *out, a, scale)
+
+
+_CHAINS: dict[str, Callable[..., Tensor]] = {
+    "fused": library.nasa_op,
+    "eager": eager.nasa_attention,
+    "reference": reference.nasa_attention,
+}
+
+
+def _choose(call: _Call, nasa_scale: float | Tensor, backend: str) -> Choice:
+    choice = _choose_path(call, backend, nasa_scale)
+    checks.check_strength(nasa_scale, call.q)
+    if not isinstance(nasa_scale, Tensor) and nasa_scale == 0.0:
+        return Choice("plain", "the strength is a Python zero: plain attention, bit for bit")
+    return choice
+
+
+def _choose_path(call: _Call, backend: str, nasa_scale: object = None) -> Choice:
+    checks.check_backend(backend)
+    missing = _why_not_fused(call.q)
+    if backend == "fused":
+        if missing is not None:
+            raise ValueError(f'backend="fused" is not possible here: {missing}')
+        return Choice("fused", f"asked for; {NATIVE.why}")
+    if backend == "reference":
+        return Choice("reference", "asked for")
+    if missing is not None:
+        return Choice("eager", missing)
+    if call.needs_grad(nasa_scale):
+        why = "a gradient is wanted: the fused op computes the forward pass twice, which is slower"
+        return Choice("eager", why)
+    return Choice("fused", NATIVE.why)
+
+
+def _why_not_fused(q: Tensor) -> str | None:
+    """Why the fused op cannot take this query; None if it can."""
+    if q.device.type != "cpu":
+        return f"there is no fused kernel for {q.device.type} in this version"
+    if q.dtype not in _FUSED_DTYPES:
+        return f"there is no fused kernel for {q.dtype}"
+    return None if NATIVE.loaded else NATIVE.why
+
+
+def _texts(*parts: tuple[Tensor | None, Tensor | None, Tensor | None]) -> dict[str, TextPack]:
+    texts = {}
+    for suffix, (k, v, mask) in zip(("_pos", "_neg", "_null"), parts, strict=False):
+        if k is not None and v is not None:
+            texts[suffix] = TextPack(k, v, mask)
+        elif k is not None or v is not None or mask is not None:
+            raise ValueError(f"k{suffix} and v{suffix} must be given together, and with a mask")
+    return texts
+
+
+def _strength(nasa_scale: float | Tensor, q: Tensor) -> float | Tensor:
+    """A float, or a tensor [b m] on q's device."""
+    if not isinstance(nasa_scale, Tensor):
+        return float(nasa_scale)
+    return nasa_scale.to(q.device).expand(q.shape[0], q.shape[1])
+
+
+def _softmax_scale(softmax_scale: float | None, q: Tensor) -> float:
+    return q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale

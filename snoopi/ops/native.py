@@ -1,0 +1,54 @@
+"""Finds and loads the native CPU op (snoopi/_cpu.so), and remembers why it is absent if it is."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+class Native(NamedTuple):
+    """State of the native op: whether it is loaded, and a sentence on it."""
+
+    loaded: bool
+    why: str
+
+
+def load(folder: Path | None = None) -> Native:
+    """Load the native CPU op into torch.ops.snoopi.
+
+    An absent library is a choice (SNOOPI_BUILD=none) and passes in silence; one that is present but
+    unusable gives a warning. Never raises.
+    """
+    path = (folder or Path(__file__).resolve().parent.parent) / "_cpu.so"
+    if not path.is_file():
+        return Native(False, "the native op snoopi/_cpu.so is not built")
+    trouble = _unfit(path)
+    if trouble is None:
+        try:
+            torch.ops.load_library(str(path))
+        except (OSError, RuntimeError) as error:
+            trouble = str(error).splitlines()[0]
+    if trouble is None:
+        return Native(True, f"native CPU op, {torch.backends.cpu.get_cpu_capability()}")
+    why = f"the native op snoopi/_cpu.so cannot be loaded: {trouble}"
+    warnings.warn(
+        f"{why}; the plain PyTorch path is used. Build it again: "
+        "pip install --no-build-isolation -e .",
+        stacklevel=3,
+    )
+    return Native(False, why)
+
+
+def _unfit(path: Path) -> str | None:
+    """Compare the torch version written into the library with the one that runs.
+
+    Done before loading, because a library for another torch may load and then crash.
+    """
+    mark = re.search(rb"SNOOPI_BUILT_FOR_TORCH=([0-9A-Za-z.+]+)", path.read_bytes())
+    if mark is None:
+        return "it does not say which torch it was built for"
+    built = mark.group(1).decode().split("+")[0]
+    runs = str(torch.__version__).split("+")[0]
+    return None if built == runs else f"it was built for torch {built}, this is torch {runs}"

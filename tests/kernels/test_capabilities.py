@@ -1,0 +1,58 @@
+"""The native op under lesser processors, and what a capability's object may hold."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from snoopi.ops.nasa import NATIVE
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = """
+import sys
+sys.path[:0] = {paths!r}
+import torch
+from cases import CASES, check, make
+from snoopi import ops
+from snoopi.ops.nasa import NATIVE
+
+assert NATIVE.loaded and NATIVE.why.endswith({capability!r}.upper()), NATIVE.why
+for case in CASES:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        inputs = make(case, dtype)
+        out = ops.nasa_attention(inputs.q, *inputs.texts, backend="fused", **inputs.kwargs)
+        check(out, inputs)
+inputs = make(CASES[5], torch.float64)
+for got, right in zip(*(ops.twin_attention(inputs.q, *inputs.texts, backend=x)
+                        for x in ("fused", "reference"))):
+    torch.testing.assert_close(got, right)
+"""
+
+
+@pytest.mark.skipif(not NATIVE.loaded, reason=NATIVE.why)
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_every_case_under_a_lesser_capability(capability: str) -> None:
+    if capability == "avx2" and not any(x in NATIVE.why for x in ("AVX2", "AVX512")):
+        pytest.skip("this processor has no AVX2")
+    code = SMALL.format(paths=[str(ROOT), str(Path(__file__).parent)], capability=capability)
+    env = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not (shutil.which("g++") and shutil.which("nm")), reason="needs g++ and nm")
+def test_a_capability_object_shares_no_code(tmp_path: Path) -> None:
+    """One exported table and the C library: nothing a linker could pick for another object."""
+    target = tmp_path / "kernel.o"
+    source = ROOT / "csrc" / "cpu" / "kernel.cpp"
+    call = ["g++", "-std=c++20", "-O0", "-fPIC", "-Wno-psabi", "-DSNOOPI_CAPABILITY=default"]
+    subprocess.run([*call, "-c", str(source), "-o", str(target)], check=True)
+    symbols = subprocess.run(["nm", "-C", str(target)], check=True, capture_output=True, text=True)
+    kinds = [line.split(maxsplit=1) for line in symbols.stdout.replace(" " * 16, "0 ").splitlines()]
+    shared = [rest for _, rest in kinds if rest[0] in "WVuTBDGSC"]
+    assert shared == ["D snoopi::kernels_default"]
+    allowed = {"exp2", "log2", "log2f", "memset", "memcpy", "_GLOBAL_OFFSET_TABLE_"}
+    assert {rest[2:] for _, rest in kinds if rest[0] == "U"} <= allowed
