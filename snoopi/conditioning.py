@@ -1,0 +1,109 @@
+"""What a backbone is conditioned on besides x and t."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snoopi.guidance import NASA, Guidance
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Text (and sizes) for one call of a backbone, and how to steer away from a negative text.
+
+    tokens [b n k]: text features. mask bool [b n], True = attend; None attends to all.
+    pooled [b k']: SDXL's pooled text. size_ids: SDXL int [b 6] (orig_h, orig_w, top, left,
+    target_h, target_w); PixArt-1024 float [b 3] (h, w, h/w).
+    negative, null: Conditionings without guidance, batch b or 1. guidance: how the negative is used
+    in every cross-attention; `nasa_scale=s` is short for guidance=NASA(s).
+    region [b|1 H W] on the latent grid: multiplies the strength; each cross-attention averages it
+    to its own size. guidance_embed [b]: LCM's w = 1000 (CFG scale - 1). kv: K/V filled in by
+    `backbone.text_kv`.
+    """
+
+    tokens: Tensor
+    mask: Tensor | None = None
+    pooled: Tensor | None = None
+    size_ids: Tensor | None = None
+    negative: Conditioning | None = field(default=None, kw_only=True)
+    null: Conditioning | None = field(default=None, kw_only=True)
+    guidance: Guidance | None = field(default=None, kw_only=True)
+    nasa_scale: float | Tensor | None = field(default=None, kw_only=True)
+    region: Tensor | None = field(default=None, kw_only=True)
+    guidance_embed: Tensor | None = field(default=None, kw_only=True)
+    kv: tuple[Any, ...] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.tokens.dim() != 3:
+            raise ValueError(f"tokens must be [b n k], got {list(self.tokens.shape)}")
+        if self.mask is not None and self.mask.shape != self.tokens.shape[:2]:
+            expected, got = list(self.tokens.shape[:2]), list(self.mask.shape)
+            raise ValueError(f"mask must be [b n] = {expected}, got {got}")
+        if self.nasa_scale is not None:
+            if self.guidance is not None:
+                raise ValueError("give either guidance or nasa_scale, not both")
+            object.__setattr__(self, "guidance", NASA(self.nasa_scale))
+            object.__setattr__(self, "nasa_scale", None)
+        if self.guidance is not None and self.negative is None:
+            raise ValueError("guidance needs a negative Conditioning")
+        if self.guidance is not None and self.guidance.needs_null and self.null is None:
+            raise ValueError(f"{type(self.guidance).__name__} with centred=True needs `null`")
+        for name in ("negative", "null"):
+            self._check_text(name, getattr(self, name))
+
+    def _check_text(self, name: str, text: Conditioning | None) -> None:
+        if text is None:
+            return
+        if text.negative is not None or text.guidance is not None:
+            raise ValueError(f"{name} must be a Conditioning without a negative and guidance")
+        if text.tokens.shape[0] not in (1, len(self)) or text.tokens.shape[2] != self.width:
+            expected = f"[{len(self)} or 1, n, {self.width}]"
+            raise ValueError(f"{name}.tokens must be {expected}, got {list(text.tokens.shape)}")
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Width of the text features, k."""
+        return self.tokens.shape[2]
+
+    def plain(self) -> Conditioning:
+        """The same text without negative and guidance."""
+        return replace(self, negative=None, null=None, guidance=None, region=None, kv=None)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Conditioning:
+        """f applied to every tensor of the text (tokens, mask, pooled, sizes, embeddings)."""
+        names = ("mask", "pooled", "size_ids", "guidance_embed")
+        values = {n: None if getattr(self, n) is None else f(getattr(self, n)) for n in names}
+        return Conditioning(f(self.tokens), **values)
+
+    def expand(self, batch: int) -> Conditioning:
+        """A text of batch 1 repeated to `batch` rows (views); a text of `batch` rows as it is."""
+        if len(self) == batch:
+            return self
+        if len(self) != 1:
+            raise ValueError(f"cannot expand a conditioning of {len(self)} rows to {batch}")
+        return self.map(lambda x: x.expand(batch, *x.shape[1:]))
+
+
+def concat(parts: Sequence[Conditioning]) -> Conditioning:
+    """Plain conditionings stacked along the batch; lengths and masks must agree in kind."""
+
+    def join(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        if all(value is None for value in values):
+            return None
+        if any(value is None for value in values):
+            raise ValueError(f"cannot stack conditionings with and without {name}")
+        return torch.cat(values)
+
+    if any(part.negative is not None or part.guidance is not None for part in parts):
+        raise ValueError("cannot stack conditionings that carry a negative")
+    names = ("mask", "pooled", "size_ids", "guidance_embed")
+    return Conditioning(torch.cat([p.tokens for p in parts]), **{n: join(n) for n in names})

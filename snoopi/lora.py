@@ -1,0 +1,174 @@
+"""LoRA by hand: low-rank adapters beside frozen weights, and the row gate of the teacher pair.
+
+y = W x + (gamma / rank) B A x (Hu et al., 2021; SNOOPI Tab. 6: gamma 128, rank 64). The base keeps
+its parameter names (`to_q.weight`, beside it `to_q.lora_a` and `to_q.lora_b`), B starts at zero, so
+injecting changes nothing. Within `rows(net, r)` adapters act on batch rows >= r only: one network
+is the frozen teacher on its first r rows and the LoRA teacher on the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from snoopi.noise import Noise
+
+SUFFIXES = ("lora_a", "lora_b")
+
+
+class _Adapter(nn.Module):
+    """What LoRALinear and LoRAConv2d share: the two factors, the multiplier and the row gate."""
+
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    weight: nn.Parameter
+    multiplier: float
+    first_row: int
+
+    def _delta(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _adapt(self, base: Tensor, x: Tensor) -> Tensor:
+        """base + multiplier B A x on rows >= first_row; the rows before are base untouched."""
+        if self.first_row == 0:
+            return base + self.multiplier * self._delta(x)
+        if self.first_row >= x.shape[0]:
+            return base
+        delta = self.multiplier * self._delta(x[self.first_row :])
+        return torch.cat([base[: self.first_row], base[self.first_row :] + delta])
+
+    def delta_weight(self) -> Tensor:
+        """multiplier B A in the shape of the base weight, fp32."""
+        b, a = self.lora_b.float().flatten(1), self.lora_a.float().flatten(1)
+        return self.multiplier * (b @ a).view(self.weight.shape)
+
+
+class LoRALinear(_Adapter, nn.Linear):
+    """A Linear with an adapter: lora_a [r in], lora_b [out r]."""
+
+    def _delta(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [b ... in] -> [b ... out]."""
+        return self._adapt(F.linear(x, self.weight, self.bias), x)
+
+
+class LoRAConv2d(_Adapter, nn.Conv2d):
+    """A Conv2d with an adapter: lora_a [r in kh kw], lora_b [out r 1 1]."""
+
+    def _delta(self, x: Tensor) -> Tensor:
+        down = F.conv2d(x, self.lora_a, None, self.stride, self.padding, self.dilation)
+        return F.conv2d(down, self.lora_b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [b in h w] -> [b out h' w']."""
+        return self._adapt(self._conv_forward(x, self.weight, self.bias), x)
+
+
+def inject(
+    net: nn.Module, targets: Sequence[str], rank: int, gamma: float, noise: Noise | None = None
+) -> list[str]:
+    """Give each Linear and Conv2d whose name matches a pattern an adapter; returns their names.
+
+    targets: module names, or glob patterns over the dotted name ("*.to_q", "*.attn2.to_*", "*").
+    The multiplier is gamma / rank. The base weights stop requiring gradients; `lora_a` is
+    initialised from `noise` (stream "init", keyed by the module's name), kaiming-uniform as in the
+    LoRA code; `lora_b` is zero. ValueError: a pattern that matches nothing, a grouped convolution.
+    """
+    if rank < 1:
+        raise ValueError(f"LoRA rank must be at least 1, got {rank}")
+    kinds = (nn.Linear, nn.Conv2d)
+    layers = {name: m for name, m in net.named_modules() if type(m) in kinds}
+    chosen = {name for name in layers if any(_matches(name, t) for t in targets)}
+    for target in targets:
+        if not any(_matches(name, target) for name in layers):
+            raise ValueError(f"LoRA target {target!r} matches no Linear or Conv2d of the network")
+    net.requires_grad_(False)
+    names = [name for name in layers if name in chosen]
+    for name in names:
+        _adopt(layers[name], name, rank, gamma / rank, noise or Noise(0))
+    return names
+
+
+def _matches(name: str, target: str) -> bool:
+    """A glob over the whole dotted name, or the last parts of it ("to_q", "attn2.to_q")."""
+    return fnmatch(name, target) or fnmatch(name, f"*.{target}")
+
+
+def _adopt(layer: nn.Module, name: str, rank: int, multiplier: float, noise: Noise) -> None:
+    """Turn a layer into its LoRA class in place, so that names, hooks and parents stay."""
+    weight = layer.weight
+    if isinstance(layer, nn.Conv2d):
+        if layer.groups != 1 or layer.padding_mode != "zeros":
+            raise ValueError(f"LoRA on {name}: only plain zero-padded convolutions are supported")
+        layer.__class__ = LoRAConv2d
+        shape_b: tuple[int, ...] = (weight.shape[0], rank, 1, 1)
+    else:
+        layer.__class__ = LoRALinear
+        shape_b = (weight.shape[0], rank)
+    shape_a = (rank, *weight.shape[1:])
+    bound = 1 / math.sqrt(math.prod(shape_a[1:]))  # kaiming_uniform_ with a = sqrt(5)
+    init = noise.uniform(f"init {name}", 0, [0], -bound, bound, shape_a)[0]
+    layer.lora_a = nn.Parameter(init.to(weight.device, torch.float32))
+    layer.lora_b = nn.Parameter(torch.zeros(shape_b, device=weight.device))
+    layer.multiplier, layer.first_row = multiplier, 0
+
+
+def adapters(net: nn.Module) -> dict[str, _Adapter]:
+    """The layers that carry an adapter, by name."""
+    return {name: m for name, m in net.named_modules() if isinstance(m, _Adapter)}
+
+
+def parameters(net: nn.Module) -> list[nn.Parameter]:
+    """The adapters' parameters."""
+    return [p for name, p in net.named_parameters() if name.endswith(SUFFIXES)]
+
+
+def state_dict(net: nn.Module) -> dict[str, Tensor]:
+    """The adapters' tensors alone, by their names in the network."""
+    return {k: v for k, v in net.state_dict().items() if k.endswith(SUFFIXES)}
+
+
+@contextmanager
+def rows(net: nn.Module, first_row: int) -> Iterator[None]:
+    """Adapters act on batch rows >= first_row only; first_row = batch size switches them off.
+
+    Only under no_grad: a gate held by a context manager is gone when activation checkpointing runs
+    the forward again, and the gradients would be silently wrong.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("lora.rows is for no_grad only: a training forward runs all rows")
+    layers: list[_Adapter] = list(adapters(net).values())
+    for layer in layers:
+        layer.first_row = first_row
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.first_row = 0
+
+
+@torch.no_grad()
+def merge(net: nn.Module) -> None:
+    """Add every adapter to its base weight and remove it: W + (gamma / rank) B A."""
+    _remove(net, lambda layer: layer.weight.add_(layer.delta_weight().to(layer.weight.dtype)))
+
+
+@torch.no_grad()
+def remove(net: nn.Module) -> None:
+    """Drop every adapter; the base weights stay as they are."""
+    _remove(net, lambda layer: None)
+
+
+def _remove(net: nn.Module, before: Callable[[_Adapter], object]) -> None:
+    for layer in adapters(net).values():
+        before(layer)
+        del layer.lora_a, layer.lora_b, layer.multiplier, layer.first_row
+        layer.__class__ = nn.Conv2d if isinstance(layer, LoRAConv2d) else nn.Linear  # type: ignore[assignment]

@@ -1,0 +1,148 @@
+"""CLIP text encoders (CLIP-L, OpenCLIP-H, OpenCLIP-bigG, and the small worlds').
+
+Parameter names are Hugging Face's CLIPTextModel's (with text_projection beside it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """Sizes of a CLIP text encoder; the defaults are CLIP-L's.
+
+    projection: width of the pooled projection, None without one (SD1.5, SD2.x). pad_id: the
+    tokenizer's padding (SD1.5 pads with eos, SD2.x and SDXL's second encoder with 0).
+    """
+
+    vocabulary: int = 49408
+    length: int = 77
+    width: int = 768
+    mlp_width: int = 3072
+    layers: int = 12
+    heads: int = 12
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    projection: int | None = None
+    eos_id: int = 49407
+
+
+class CLIPTextOutput(NamedTuple):
+    """last [b n k]: final LayerNorm applied. penultimate [b n k]: input of the last layer, without
+    it (what SDXL reads). pooled [b k']: the eos position of `last`, projected if there is one."""
+
+    last: Tensor
+    penultimate: Tensor
+    pooled: Tensor
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI CLIP's approximation of GELU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with biases everywhere."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.q_proj = nn.Linear(config.width, config.width)
+        self.k_proj = nn.Linear(config.width, config.width)
+        self.v_proj = nn.Linear(config.width, config.width)
+        self.out_proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b n k] -> [b n k]."""
+        q, k, v = (
+            f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [b h n d]
+            for f in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(z.transpose(1, 2).flatten(-2))  # [b n k]
+
+
+class MLP(nn.Module):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.activation = quick_gelu if config.activation == "quick_gelu" else F.gelu
+        self.fc1 = nn.Linear(config.width, config.mlp_width)
+        self.fc2 = nn.Linear(config.mlp_width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b n k] -> [b n k]."""
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.width)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.width)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b n k] -> [b n k]."""
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Embeddings(nn.Module):
+    """Token and position embeddings."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocabulary, config.width)
+        self.position_embedding = nn.Embedding(config.length, config.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [b n] -> [b n k]."""
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        return self.token_embedding(ids) + self.position_embedding(positions)
+
+
+class CLIPText(nn.Module):
+    """A CLIP text encoder: forward(ids) -> CLIPTextOutput."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.text_model = nn.ModuleDict(
+            {
+                "embeddings": Embeddings(config),
+                "encoder": nn.ModuleDict(
+                    {"layers": nn.ModuleList(Layer(config) for _ in range(config.layers))}
+                ),
+                "final_layer_norm": nn.LayerNorm(config.width),
+            }
+        )
+        self.text_projection = None
+        if config.projection:
+            self.text_projection = nn.Linear(config.width, config.projection, bias=False)
+
+    def forward(self, ids: Tensor) -> CLIPTextOutput:
+        """ids int64 [b n], padded; no mask: every position attends to those before it."""
+        x = penultimate = self.text_model["embeddings"](ids)
+        for layer in self.text_model["encoder"]["layers"]:
+            penultimate, x = x, layer(x)
+        last = self.text_model["final_layer_norm"](x)
+        # The first eos, by its id: padding may be eos again, and added tokens may exceed it.
+        eos = (ids == self.config.eos_id).int().argmax(dim=1)
+        pooled = last[torch.arange(len(ids), device=ids.device), eos]  # [b k]
+        if self.text_projection is not None:
+            pooled = self.text_projection(pooled)
+        return CLIPTextOutput(last, penultimate, pooled)
+
+    def blocks(self) -> list[nn.Module]:
+        """What FSDP2 shards one by one."""
+        return list(self.text_model["encoder"]["layers"])

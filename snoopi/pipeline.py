@@ -1,0 +1,401 @@
+"""Model folders, and prompts to pictures.
+
+A model folder holds snoopi.json (the ModelSpec and provenance), one safetensors file per network and
+a tokenizer per text encoder. Partial folders are fine: what is absent is None, and calling the
+pipeline says what is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from snoopi.conditioning import Conditioning
+from snoopi.guidance import NAG, NASA, VSF, Guidance, cfg
+from snoopi.noise import Noise
+from snoopi.pictures import to_uint8
+from snoopi.samplers import ddim, one_step
+from snoopi.tokenize import Tokenizer
+from snoopi.zoo import ModelSpec, build, text_part
+
+SPEC_FILE = "snoopi.json"
+FORMAT = 1
+
+# Attention guidances by their command-line name, from a strength.
+GUIDANCES: dict[str, Callable[[float], Guidance]] = {
+    "nasa": NASA,
+    "nasa-centred": lambda scale: NASA(scale, centred=True),
+    "nag": NAG,
+    "vsf": VSF,
+}
+MODES = (*GUIDANCES, "embed-sub", "cfg", "none")
+# Where neither the caller nor the model says: the usual strengths of the methods' papers.
+STRENGTHS = {
+    "nasa": 0.5,
+    "nasa-centred": 0.5,
+    "nag": 2.0,
+    "vsf": 3.0,
+    "embed-sub": 1.0,
+    "cfg": 2.0,
+    "none": 0.0,
+}
+
+
+class Pipeline:
+    """Prompt -> tokenizer -> text encoder -> backbone -> VAE -> picture."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        backbone: nn.Module | None = None,
+        vae: nn.Module | None = None,
+        text_encoders: Sequence[nn.Module | None] = (),
+        tokenizers: Sequence[Tokenizer | None] = (),
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.backbone = backbone
+        self.vae = vae
+        self.text_encoders = list(text_encoders) or [None] * len(spec.text)
+        self.tokenizers = list(tokenizers) or [None] * len(spec.text)
+        self.provenance = dict(provenance or {})
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative: str | Sequence[str] | None = None,
+        guidance: str = "nasa",
+        scale: float | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        num: int = 1,
+        size: tuple[int, int] | None = None,
+    ) -> list[Image.Image]:
+        """Pictures of one prompt or of a list of prompts, `num` of each, prompt by prompt.
+
+        negative: what to steer away from, one for all or one per prompt; "" and None mean none
+        (for "cfg" they mean the null prompt). guidance: "nasa", "nasa-centred", "nag", "vsf",
+        "embed-sub" (subtract text embeddings), "cfg" (of the model's outputs, every step) or
+        "none". scale: its strength; for "cfg" it is kappa (1 = off). None: the model's default.
+        steps: None is one step for a one-step model, else the model's default with DDIM.
+        size: (height, width) in pixels. Picture i of a prompt uses noise i of `seed`, whatever
+        the batch. Raises ValueError for what it cannot do.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if num < 1:
+            raise ValueError(f"num must be at least 1, got {num}")
+        negatives = _negatives(negative, len(prompts))
+        prompts = [p for p in prompts for _ in range(num)]
+        negatives = [n for n in negatives for _ in range(num)]
+        indices = [i % num for i in range(len(prompts))]
+        z = self.noise(seed, indices, size)
+        x = self.pictures(prompts, z, negatives, guidance, scale, steps)
+        return [Image.fromarray(row) for row in to_uint8(x)]
+
+    def noise(
+        self, seed: int, indices: Sequence[int], size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """The starting noise of pictures `indices`, [b c h w]."""
+        factor, native = self.spec.vae.factor, self.spec.latent_size
+        height, width = size or (native * factor, native * factor)
+        if height < factor or width < factor or height % factor or width % factor:
+            raise ValueError(f"size must be multiples of {factor} pixels, got {height}x{width}")
+        shape = (self.spec.latent_channels, height // factor, width // factor)
+        return Noise(seed).normal("z", 0, indices, shape)
+
+    @torch.no_grad()
+    def pictures(
+        self,
+        prompts: Sequence[str],
+        z: Tensor,
+        negatives: Sequence[str | None] | None = None,
+        guidance: str = "nasa",
+        scale: float | None = None,
+        steps: int | None = None,
+    ) -> Tensor:
+        """Pictures [b 3 H W] in [-1, 1] from prompts and starting noise z [b c h w]."""
+        self._complete()
+        assert self.vae is not None
+        x0 = self.latents(prompts, z, negatives, guidance, scale, steps)
+        return self.vae.decode(x0.to(self._dtype(self.vae))).float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def latents(
+        self,
+        prompts: Sequence[str],
+        z: Tensor,
+        negatives: Sequence[str | None] | None = None,
+        guidance: str = "nasa",
+        scale: float | None = None,
+        steps: int | None = None,
+    ) -> Tensor:
+        """Clean latents [b c h w] from prompts and starting noise."""
+        if guidance not in MODES:
+            raise ValueError(f"guidance must be one of {', '.join(MODES)}, got {guidance!r}")
+        if not prompts:
+            raise ValueError("give at least one prompt")
+        if scale is None:
+            scale = self._default_scale(guidance)
+        negatives = list(negatives or [None] * len(prompts))
+        null = None
+        if guidance == "cfg" and scale != 1:
+            null = self.encode([n or "" for n in negatives]) if any(negatives) else self.null()
+        cond = self.condition(prompts, negatives, guidance, scale)
+        backbone = self.backbone
+        assert backbone is not None
+        z = z.to(next(backbone.parameters()).device)
+        return self._sample(cond, z, null, scale, steps)
+
+    def _sample(
+        self, cond: Conditioning, z: Tensor, null: Conditioning | None, kappa: float, steps: int | None
+    ) -> Tensor:
+        backbone, schedule, recipe = self.backbone, self.spec.schedule, self.spec.one_step
+        assert backbone is not None
+
+        def call(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+            return backbone(x.to(self._dtype(backbone)), t, cond)
+
+        if recipe is None or (steps or 1) > 1:
+            steps = steps or self.spec.steps
+            return ddim(call, schedule, z, cond, steps=steps, null=null, kappa=kappa)
+        x0 = one_step(call, schedule, z, cond, recipe.t)
+        if null is None:
+            return x0
+        return cfg(x0, one_step(call, schedule, z, null.expand(len(z)), recipe.t), kappa)
+
+    def condition(
+        self,
+        prompts: Sequence[str],
+        negatives: Sequence[str | None],
+        guidance: str,
+        scale: float,
+    ) -> Conditioning:
+        """The conditioning of prompts with their negatives under a guidance.
+
+        Without any negative it is the plain conditioning. In a mixed batch rows without a negative
+        get a negative that attends to nothing.
+        """
+        cond = self.encode(prompts)
+        if guidance in ("cfg", "none") or not any(negatives):
+            return cond
+        shared = len(set(negatives)) == 1
+        texts = negatives[:1] if shared else negatives
+        neg = self.encode([n or "" for n in texts])
+        if guidance == "embed-sub":
+            used = torch.tensor([bool(n) for n in texts], device=cond.tokens.device)
+            away = torch.where(used[:, None, None], neg.tokens, 0)
+            return dataclasses.replace(cond, tokens=cond.tokens - scale * away)
+        if not all(texts):
+            used = torch.tensor([bool(n) for n in texts], device=cond.tokens.device)
+            mask = torch.ones(neg.tokens.shape[:2], dtype=torch.bool) if neg.mask is None else neg.mask
+            neg = dataclasses.replace(neg, mask=mask.to(used.device) & used[:, None])
+        how = GUIDANCES[guidance](scale)
+        null = self.null() if how.needs_null else None
+        cond = dataclasses.replace(cond, negative=neg, null=null, guidance=how)
+        assert self.backbone is not None
+        return self.backbone.text_kv(cond)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Text features of prompts: every encoder's output side by side, and the pooled text."""
+        self._complete("text_encoder", *(text_part(i) for i in range(1, len(self.spec.text))))
+        features, pooled = [], None
+        for text, encoder, tokenizer in zip(
+            self.spec.text, self.text_encoders, self.tokenizers, strict=True
+        ):
+            assert encoder is not None and tokenizer is not None
+            ids = tokenizer(prompts)[0].to(next(encoder.parameters()).device)
+            out = encoder(ids)
+            features.append(getattr(out, text.output))
+            pooled = out.pooled if text.pooled else pooled
+        return Conditioning(torch.cat(features, dim=-1), pooled=pooled, size_ids=self._sizes(len(ids)))
+
+    def _sizes(self, batch: int) -> Tensor | None:
+        """SDXL's six size ids of an uncropped native picture, h before w."""
+        if self.spec.backbone.pooled_width is None:
+            return None
+        side = self.spec.latent_size * self.spec.vae.factor
+        return torch.tensor([[side, side, 0, 0, side, side]]).expand(batch, 6)
+
+    def null(self) -> Conditioning:
+        """The unconditional text, batch 1: the encoded empty prompt, or zeros."""
+        null = self.encode([""])
+        if self.spec.null == "encoded":
+            return null
+        zeros = None if null.pooled is None else torch.zeros_like(null.pooled)
+        return dataclasses.replace(null, tokens=torch.zeros_like(null.tokens), pooled=zeros)
+
+    def _default_scale(self, guidance: str) -> float:
+        if guidance == "cfg" and self.spec.one_step is None:
+            return self.spec.kappa
+        return self.spec.strengths.get(guidance, STRENGTHS[guidance])
+
+    def _dtype(self, net: nn.Module) -> torch.dtype:
+        return next(net.parameters()).dtype
+
+    def _complete(self, *parts: str) -> None:
+        """ValueError naming what a partial model folder lacks for the call."""
+        have = {"backbone": self.backbone, "vae": self.vae}
+        for i, (encoder, tokenizer) in enumerate(
+            zip(self.text_encoders, self.tokenizers, strict=True)
+        ):
+            have[text_part(i)] = encoder if tokenizer is not None else None
+        missing = [part for part in (parts or have) if have[part] is None]
+        if missing:
+            raise ValueError(f"this model folder lacks {', '.join(missing)} (or its tokenizer)")
+
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Pipeline:
+        """Move every network, in place; returns the pipeline."""
+        for net in (self.backbone, self.vae, *self.text_encoders):
+            if net is not None:
+                net.to(device=device, dtype=dtype)
+        return self
+
+    def save(self, folder: Path | str) -> Path:
+        """Write the model folder atomically: all of it appears at once, or nothing changes."""
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            self._write(temporary)
+            temporary.chmod(0o755)
+            _replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return folder
+
+    def _write(self, folder: Path) -> None:
+        for part, net in self._networks().items():
+            if net is not None:
+                state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+                save_file(state, folder / f"{part}.safetensors")
+        for i, tokenizer in enumerate(self.tokenizers):
+            if tokenizer is not None:
+                (folder / _tokenizer_folder(i)).mkdir()
+                tokenizer.save(folder / _tokenizer_folder(i))
+        data = {"format": FORMAT, "model": self.spec.to_json(), "provenance": self.provenance}
+        (folder / SPEC_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+    def _networks(self) -> dict[str, nn.Module | None]:
+        texts = {text_part(i): net for i, net in enumerate(self.text_encoders)}
+        return {"backbone": self.backbone, "vae": self.vae, **texts}
+
+
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    optimize: str = "none",
+) -> Pipeline:
+    """A Pipeline from a model folder: memory-mapped safetensors assigned to meta networks.
+
+    dtype: None keeps the stored one. optimize: "none" or "auto" (packs weights for inference where
+    that pays; this version has none to pack). Raises ValueError for a folder that is not a model
+    folder, or whose files do not fit its snoopi.json.
+    """
+    if optimize not in ("none", "auto"):
+        raise ValueError(f"optimize must be 'none' or 'auto', got {optimize!r}")
+    folder = Path(path)
+    spec, provenance = read_spec(folder)
+    parts = {part: _load_part(folder, spec, part, dtype) for part in spec.parts()}
+    tokenizers = [_load_tokenizer(folder, i) for i in range(len(spec.text))]
+    texts = [parts[text_part(i)] for i in range(len(spec.text))]
+    pipeline = Pipeline(spec, parts["backbone"], parts["vae"], texts, tokenizers, provenance)
+    return pipeline.to(device)
+
+
+def read_spec(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
+    """The ModelSpec and the provenance in a model folder's snoopi.json."""
+    path = folder / SPEC_FILE
+    if not path.is_file():
+        what = "holds no" if folder.is_dir() else "does not exist, so it has no"
+        raise ValueError(f"{folder} is not a model folder: it {what} {SPEC_FILE}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ValueError(f"{path} is not of format {FORMAT}")
+    try:
+        return ModelSpec.from_json(data.get("model")), dict(data.get("provenance") or {})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load_weights(net: nn.Module, path: Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """Fill a meta network from a safetensors file, strictly: every key used, every shape equal."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    expected = {name: list(tensor.shape) for name, tensor in net.state_dict().items()}
+    trouble = [f"lacks {name}" for name in expected if name not in state]
+    trouble += [f"has an unexpected {name}" for name in state if name not in expected]
+    trouble += [
+        f"{name} must be {expected[name]}, got {list(tensor.shape)}"
+        for name, tensor in state.items()
+        if name in expected and list(tensor.shape) != expected[name]
+    ]
+    if trouble:
+        more = f"; and {len(trouble) - 5} more" if len(trouble) > 5 else ""
+        raise ValueError(f"{path} does not fit {type(net).__name__}: {'; '.join(trouble[:5])}{more}")
+    if dtype is not None:
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    net.load_state_dict(state, assign=True)
+    return net
+
+
+def _load_part(
+    folder: Path, spec: ModelSpec, part: str, dtype: torch.dtype | None
+) -> nn.Module | None:
+    path = folder / f"{part}.safetensors"
+    return load_weights(build(spec, part), path, dtype) if path.is_file() else None
+
+
+def _load_tokenizer(folder: Path, index: int) -> Tokenizer | None:
+    path = folder / _tokenizer_folder(index)
+    return Tokenizer.load(path) if path.is_dir() else None
+
+
+def _tokenizer_folder(index: int) -> str:
+    return "tokenizer" if index == 0 else f"tokenizer_{index + 1}"
+
+
+def _negatives(negative: str | Sequence[str] | None, count: int) -> list[str | None]:
+    """One negative per prompt; None and "" are None."""
+    if negative is None or isinstance(negative, str):
+        return [negative or None] * count
+    if len(negative) != count:
+        raise ValueError(f"give one negative, or one per prompt: {count}, got {len(negative)}")
+    return [n or None for n in negative]
+
+
+def _replace(new: Path, old: Path) -> None:
+    """Put a folder in the place of another; the old one is kept aside until the new one is in."""
+    if not old.exists():
+        os.rename(new, old)
+        return
+    if not old.is_dir():
+        raise ValueError(f"{old} is in the way: it is not a folder")
+    aside = Path(tempfile.mkdtemp(prefix=f".{old.name}.old.", dir=old.parent))
+    os.rename(old, aside / "old")
+    try:
+        os.rename(new, old)
+    except OSError:
+        os.rename(aside / "old", old)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

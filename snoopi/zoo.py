@@ -1,0 +1,292 @@
+"""Model presets: architecture, prediction type, one-step recipe and guidance strengths.
+
+A ModelSpec is all that is needed to build the networks of a model and to call them rightly; a model
+folder stores one in snoopi.json. Sources: the models' published configs; strengths SNOOPI Tab. 8.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from torch import nn
+
+from snoopi.models.clip import CLIPText, CLIPTextConfig
+from snoopi.models.unet import UNet, UNetConfig
+from snoopi.models.vae import VAE, PatchVAE, PatchVAEConfig, VAEConfig
+from snoopi.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """One text encoder, which of its outputs the backbone reads, and the padding id."""
+
+    config: CLIPTextConfig
+    output: Literal["last", "penultimate"] = "last"
+    pooled: bool = False
+    pad_id: int = 49407
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """How a one-step model is called: pure noise z ~ N(0, I) at timestep t, then x0 by the schedule."""
+
+    t: int = 999
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything about a model but its weights.
+
+    latent_size: latent pixels a side of its native picture. null: the unconditional text, the
+    encoded empty prompt or zeros. one_step: None for a multi-step model. steps, kappa: the defaults
+    of a multi-step call. strengths: default strength per guidance.
+    """
+
+    arch: str
+    backbone: UNetConfig
+    vae: VAEConfig | PatchVAEConfig
+    text: tuple[TextSpec, ...]
+    schedule: Schedule = Schedule()
+    latent_size: int = 64
+    null: Literal["encoded", "zeros"] = "encoded"
+    one_step: OneStep | None = None
+    steps: int = 25
+    kappa: float = 7.5
+    strengths: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return self.vae.latent_channels
+
+    def parts(self) -> dict[str, Any]:
+        """Part name to its config: backbone, vae, text_encoder, text_encoder_2, ..."""
+        texts = {text_part(i): text.config for i, text in enumerate(self.text)}
+        return {"backbone": self.backbone, "vae": self.vae, **texts}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for snoopi.json."""
+        return _to_plain(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> ModelSpec:
+        """The inverse of to_json; ValueError names what is unknown, missing or of a wrong type."""
+        return _from_plain(cls, data, "model")
+
+
+def text_part(index: int) -> str:
+    """The part name of the i-th text encoder, as in diffusers: text_encoder, text_encoder_2."""
+    return "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
+
+
+NETWORKS: dict[type, type[nn.Module]] = {
+    UNetConfig: UNet,
+    VAEConfig: VAE,
+    PatchVAEConfig: PatchVAE,
+    CLIPTextConfig: CLIPText,
+}
+
+_CLIP_L = CLIPTextConfig()
+_CLIP_H = CLIPTextConfig(width=1024, mlp_width=4096, layers=23, heads=16, activation="gelu")
+_CLIP_BIGG = CLIPTextConfig(
+    width=1280, mlp_width=5120, layers=32, heads=20, activation="gelu", projection=1280
+)
+_SD15_UNET = UNetConfig()
+_SD21_UNET = UNetConfig(heads=(5, 10, 20, 20), text_width=1024, linear_proj=True)
+_SDXL_UNET = UNetConfig(
+    channels=(320, 640, 1280),
+    depth=(0, 2, 10),
+    mid_depth=10,
+    heads=(5, 10, 20),
+    text_width=2048,
+    linear_proj=True,
+    pooled_width=1280,
+)
+_V = Schedule(prediction="v")
+_SD15 = ModelSpec("sd15", _SD15_UNET, VAEConfig(), (TextSpec(_CLIP_L),), strengths={"nasa": 0.04})
+_SD21 = ModelSpec(
+    "sd21", _SD21_UNET, VAEConfig(), (TextSpec(_CLIP_H, pad_id=0),), strengths={"nasa": 0.3}
+)
+_SDXL = ModelSpec(
+    "sdxl",
+    _SDXL_UNET,
+    VAEConfig(scaling=0.13025),
+    (
+        TextSpec(_CLIP_L, output="penultimate"),
+        TextSpec(_CLIP_BIGG, output="penultimate", pooled=True, pad_id=0),
+    ),
+    latent_size=128,
+    null="zeros",
+    strengths={"nasa": 0.5},
+)
+# The shapes world: 32 x 32 pictures, 8 x 8 latents of a linear patch transform, 12 tokens of words.
+_SHAPES = ModelSpec(
+    "shapes",
+    UNetConfig(
+        in_channels=16,
+        out_channels=16,
+        channels=(64, 128),
+        resnets=1,
+        depth=(1, 1),
+        mid_depth=1,
+        heads=(4, 8),
+        text_width=80,
+        linear_proj=True,
+        norm_groups=16,
+    ),
+    PatchVAEConfig(),
+    (
+        TextSpec(
+            CLIPTextConfig(
+                vocabulary=32, length=12, width=80, mlp_width=320, layers=2, heads=4, eos_id=31
+            ),
+            pad_id=0,
+        ),
+    ),
+    schedule=_V,
+    latent_size=8,
+    kappa=4.0,
+    strengths={"nasa": 1.0, "nasa-centred": 1.5, "embed-sub": 1.0, "cfg": 2.0},
+)
+
+# The same world at a size for tests: 20 steps take seconds.
+_DEBUG = dataclasses.replace(
+    _SHAPES,
+    arch="debug",
+    backbone=dataclasses.replace(
+        _SHAPES.backbone, channels=(16, 32), heads=(2, 2), text_width=16, norm_groups=8
+    ),
+    text=(
+        TextSpec(
+            CLIPTextConfig(
+                vocabulary=32, length=12, width=16, mlp_width=32, layers=1, heads=2, eos_id=31
+            ),
+            pad_id=0,
+        ),
+    ),
+)
+
+PRESETS: dict[str, ModelSpec] = {
+    "sd15": _SD15,
+    "sd21": _SD21,
+    "sd21-v": dataclasses.replace(_SD21, arch="sd21-v", schedule=_V, latent_size=96),
+    "sd-turbo": dataclasses.replace(_SD21, arch="sd-turbo", one_step=OneStep()),
+    "sdxl": _SDXL,
+    "sdxl-turbo": dataclasses.replace(
+        _SDXL, arch="sdxl-turbo", latent_size=64, one_step=OneStep()
+    ),
+    "shapes": _SHAPES,
+    "debug": _DEBUG,
+}
+
+
+def preset(name: str) -> ModelSpec:
+    """A preset by name; ValueError names the nearest one."""
+    if name in PRESETS:
+        return PRESETS[name]
+    near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+    raise ValueError(f"unknown model {name!r}; the nearest is {near!r} of {', '.join(PRESETS)}")
+
+
+def build(spec: str | ModelSpec, part: str = "backbone", device: str = "meta") -> nn.Module:
+    """The network of one part, in eval mode; on "meta" it has shapes but no memory.
+
+    spec: a preset's name or a ModelSpec. part: "backbone", "vae", "text_encoder", "text_encoder_2".
+    """
+    spec = preset(spec) if isinstance(spec, str) else spec
+    parts = spec.parts()
+    if part not in parts:
+        raise ValueError(f"{spec.arch} has no part {part!r}; it has {', '.join(parts)}")
+    with torch.device(device):
+        return NETWORKS[type(parts[part])](parts[part]).eval()
+
+
+def fresh(spec: str | ModelSpec, part: str, seed: int) -> nn.Module:
+    """A randomly initialised network in training mode: a function of the seed alone.
+
+    torch's own initialisation, except that a backbone's output starts at zero and that text
+    embeddings start small beside what the layers add. The global generator is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = build(spec, part, "cpu").train()
+        for module in net.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.3)
+    if isinstance(net, UNet):
+        nn.init.zeros_(net.conv_out.weight)
+        nn.init.zeros_(net.conv_out.bias)  # type: ignore[arg-type]
+    return net
+
+
+def _to_plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"kind": type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {k: _to_plain(v) for k, v in value.items()}
+    return [_to_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def _from_plain(kind: Any, data: Any, where: str) -> Any:
+    """Plain data back to a type: dataclasses by their fields, tuples, unions by "kind"."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (types.UnionType,):
+        return _from_union(args, data, where)
+    if dataclasses.is_dataclass(kind):
+        return _from_fields(kind, data, where)
+    if origin is tuple:
+        if not isinstance(data, list):
+            raise ValueError(f"{where} must be a list, got {data!r}")
+        items = zip(data, [args[0]] * len(data), strict=True)
+        return tuple(_from_plain(k, v, f"{where}[{i}]") for i, (v, k) in enumerate(items))
+    if origin is Literal:
+        if data not in args:
+            raise ValueError(f"{where} must be one of {', '.join(map(str, args))}, got {data!r}")
+        return data
+    return _from_scalar(kind, args, data, where)
+
+
+def _from_scalar(kind: Any, args: tuple, data: Any, where: str) -> Any:
+    if isinstance(kind, type) and kind in (int, float, str, bool):
+        fits = isinstance(data, kind) or (kind is float and isinstance(data, int))
+        if not fits or (isinstance(data, bool) and kind is not bool):
+            raise ValueError(f"{where} must be {kind.__name__}, got {data!r}")
+        return kind(data)
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must be an object, got {data!r}")
+    return {k: _from_plain(args[1], v, f"{where}.{k}") for k, v in data.items()}
+
+
+def _from_union(args: tuple, data: Any, where: str) -> Any:
+    if data is None and type(None) in args:
+        return None
+    kinds = [arg for arg in args if arg is not type(None)]
+    if len(kinds) == 1:
+        return _from_plain(kinds[0], data, where)
+    name = data.get("kind") if isinstance(data, dict) else None
+    for kind in kinds:
+        if kind.__name__ == name:
+            return _from_plain(kind, data, where)
+    raise ValueError(f"{where}.kind must be one of {[k.__name__ for k in kinds]}, got {name!r}")
+
+
+def _from_fields(kind: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict) or data.get("kind") != kind.__name__:
+        raise ValueError(f"{where} must be an object of kind {kind.__name__}, got {data!r:.80}")
+    hints = get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]
+    for key in data:
+        if key != "kind" and key not in names:
+            near = get_close_matches(key, names, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{where} has an unknown key {key!r}; the nearest is {near!r}")
+    missing = [name for name in names if name not in data]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    return kind(**{n: _from_plain(hints[n], data[n], f"{where}.{n}") for n in names})
