@@ -1,0 +1,84 @@
+"""Frechet distance between two sets of features (Heusel et al. 2017), in float64 throughout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class FeatureStats:
+    """Mean and covariance of features seen in parts, by Chan's pairwise update.
+
+    Equal to one pass over all rows up to rounding; merge() joins the parts of several processes.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(width, dtype=torch.float64)
+        self._scatter = torch.zeros(width, width, dtype=torch.float64)  # sum of outer deviations
+
+    @classmethod
+    def of(cls, features: Tensor) -> FeatureStats:
+        """The statistics of one matrix of features [n d]."""
+        if features.ndim != 2:
+            raise ValueError(f"features must be [n d], got {list(features.shape)}")
+        stats = cls(features.shape[1])
+        stats.update(features)
+        return stats
+
+    def update(self, features: Tensor) -> None:
+        """Add rows [n d]. Raises ValueError for another width or values that are not finite."""
+        width = len(self.mean)
+        if features.ndim != 2 or features.shape[1] != width:
+            raise ValueError(f"features must be [n {width}], got {list(features.shape)}")
+        if not bool(features.isfinite().all()):
+            raise ValueError("features must be finite, got NaN or infinite values")
+        if len(features) == 0:
+            return
+        rows = features.detach().to("cpu", torch.float64)
+        mean = rows.mean(0)
+        self._join(len(rows), mean, (rows - mean).T @ (rows - mean))
+
+    def merge(self, other: FeatureStats) -> None:
+        """Add all that another object of the same width has seen."""
+        if len(other.mean) != len(self.mean):
+            raise ValueError(
+                f"features of {len(self.mean)} and {len(other.mean)} values cannot be merged"
+            )
+        if other.count:
+            self._join(other.count, other.mean, other._scatter)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased covariance [d d]. Raises ValueError below two rows."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs 2 rows of features or more, got {self.count}")
+        return self._scatter / (self.count - 1)
+
+    def _join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        total = self.count + count
+        gap = mean - self.mean
+        self._scatter = self._scatter + scatter
+        self._scatter = self._scatter + torch.outer(gap, gap) * (self.count * count / total)
+        self.mean = self.mean + gap * (count / total)
+        self.count = total
+
+
+def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
+    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)).
+
+    The trace of the root is the sum of the roots of the eigenvalues of S_a^(1/2) S_b S_a^(1/2),
+    which is symmetric: no complex square root, no offset on the diagonal.
+
+    Raises ValueError for different widths or fewer than two rows on a side.
+    """
+    if len(a.mean) != len(b.mean):
+        raise ValueError(f"features of {len(a.mean)} and {len(b.mean)} values cannot be compared")
+    cov_a, cov_b = a.covariance, b.covariance
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # rounding leaves -1e-17 and such
+    product = root @ cov_b @ root
+    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0)
+    gap = (a.mean - b.mean).square().sum()
+    trace = cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()
+    return max(0.0, (gap + trace).item())

@@ -1,0 +1,304 @@
+"""Frechet distance, precision and recall, Wilson intervals and the removal protocol."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from snoopi.evaluate.fid import FeatureStats, frechet_distance
+from snoopi.evaluate.precision_recall import precision_recall
+from snoopi.evaluate.removal import (
+    Choice,
+    RemovalReport,
+    all_named_right,
+    choose_scale,
+    removal_experiment,
+    wilson,
+)
+from snoopi.noise import Noise
+from snoopi.worlds import ShapesWorld
+
+WORLD = ShapesWorld()
+
+
+def draw(n: int, d: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def gaussian(mean: Tensor, covariance: Tensor) -> FeatureStats:
+    """Statistics of given moments, from points that have them exactly."""
+    d = len(mean)
+    points = torch.cat([torch.eye(d), -torch.eye(d)]).double()
+    points *= math.sqrt((2 * d - 1) / 2)  # unbiased covariance 1
+    return FeatureStats.of(mean + points @ torch.linalg.cholesky(covariance).T)
+
+
+# --- Frechet distance ------------------------------------------------------------------------
+
+
+def test_statistics_in_parts_equal_one_pass() -> None:
+    rows = 1e3 + draw(200, 5)  # a large mean is what a sum of squares would lose
+    stats = FeatureStats(5)
+    for part in rows.split([1, 99, 0, 60, 40]):
+        stats.update(part)
+    left, right = FeatureStats.of(rows[:70]), FeatureStats.of(rows[70:])
+    left.merge(right)
+    left.merge(FeatureStats(5))
+    for got in (stats, left):
+        assert got.count == 200
+        torch.testing.assert_close(got.mean, rows.mean(0), rtol=1e-13, atol=0)
+        torch.testing.assert_close(got.covariance, torch.cov(rows.T), rtol=1e-9, atol=1e-11)
+
+
+def test_frechet_of_commuting_gaussians_is_closed_form() -> None:
+    basis = torch.linalg.qr(draw(6, 6))[0]
+    a, b = draw(1, 6, 1)[0].abs() + 0.1, 9 * draw(1, 6, 2)[0].abs() + 0.1
+    mean = draw(1, 6)[0]
+    got = frechet_distance(
+        gaussian(torch.zeros(6).double(), basis @ a.diag() @ basis.T),
+        gaussian(mean, basis @ b.diag() @ basis.T),
+    )
+    want = mean.square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    assert got == pytest.approx(want.item(), rel=1e-10)
+
+
+def test_frechet_against_fifty_digits() -> None:
+    mpmath = pytest.importorskip("mpmath")
+    x, y = draw(30, 4, 1), draw(40, 4, 2) @ draw(4, 4, 3) + 1
+    x[:, 3] = x[:, 2] * (1 + 1e-9)  # nearly singular, as features are
+    a, b = FeatureStats.of(x), FeatureStats.of(y)
+    with mpmath.workdps(50):
+        product = mpmath.matrix(a.covariance.tolist()) * mpmath.matrix(b.covariance.tolist())
+        roots = sum(mpmath.sqrt(mpmath.re(v)) for v in mpmath.eig(product, right=False))
+        gap = (a.mean - b.mean).square().sum().item()
+        want = gap + float(a.covariance.trace() + b.covariance.trace()) - float(2 * roots)
+    assert frechet_distance(a, b) == pytest.approx(want, rel=1e-7)
+
+
+def test_frechet_of_itself_is_zero_and_symmetric() -> None:
+    a, b = FeatureStats.of(draw(50, 8)), FeatureStats.of(2 * draw(60, 8, 1))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-10)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-10)
+    few = FeatureStats.of(draw(3, 8))  # rank deficient
+    assert math.isfinite(frechet_distance(few, b))
+
+
+def test_frechet_refuses_bad_features() -> None:
+    stats = FeatureStats.of(draw(5, 3))
+    for call, message in (
+        (lambda: stats.update(draw(5, 4)), r"\[n 3\], got \[5, 4\]"),
+        (lambda: stats.update(torch.full((2, 3), torch.nan)), "finite"),
+        (lambda: stats.update(torch.full((2, 3), torch.inf)), "finite"),
+        (lambda: FeatureStats.of(draw(5, 3)[0]), r"\[n d\]"),
+        (lambda: stats.merge(FeatureStats(4)), "3 and 4"),
+        (lambda: frechet_distance(stats, FeatureStats.of(draw(5, 4))), "3 and 4"),
+        (lambda: frechet_distance(stats, FeatureStats.of(draw(1, 3))), "2 rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# --- precision and recall --------------------------------------------------------------------
+
+
+def brute_force(real: Tensor, fake: Tensor, k: int) -> tuple[float, float]:
+    def share(rows: Tensor, centres: Tensor) -> float:
+        radii = []
+        for i, centre in enumerate(centres):
+            others = [float((centre - c).norm()) for j, c in enumerate(centres) if j != i]
+            radii.append(sorted(others)[k - 1])
+        inside = [
+            any(float((r - c).norm()) <= rad for c, rad in zip(centres, radii, strict=True))
+            for r in rows
+        ]
+        return sum(inside) / len(inside)
+
+    return share(fake, real), share(real, fake)
+
+
+@pytest.mark.parametrize("block", [1, 7, 1024])
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_recall_equals_brute_force(k: int, block: int) -> None:
+    real, fake = 100 + draw(40, 3), 100.5 + 0.6 * draw(31, 3, 1)
+    want = brute_force(real, fake, k)
+    assert precision_recall(real, fake, k, block) == pytest.approx(want, abs=1e-12)
+    assert 0 < want[1] < want[0] <= 1
+
+
+def test_precision_and_recall_tell_two_failures_apart() -> None:
+    real = torch.cat([draw(100, 4), draw(100, 4, 1) + 50])
+    dropped = draw(80, 4, 2)  # good pictures of one mode only
+    precision, recall = precision_recall(real, dropped)
+    assert precision > 0.7 and recall < 0.5
+    junk = torch.cat([real + 1e-3, 500 * draw(200, 4, 3)])
+    precision, recall = precision_recall(real, junk)
+    assert precision < 0.55 and recall > 0.95
+
+
+def test_precision_recall_refuses_bad_features() -> None:
+    good = draw(10, 3)
+    for real, fake, k, message in (
+        (good, draw(3, 3), 3, "more than 3 fake rows, got 3"),
+        (good, draw(10, 2), 3, "3 and 2"),
+        (good[0], good, 3, "real features"),
+        (good, good * torch.nan, 3, "fake features must be finite"),
+        (good, good, 0, "positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            precision_recall(real, fake, k)
+
+
+# --- removal ---------------------------------------------------------------------------------
+
+
+def test_wilson_intervals() -> None:
+    # Newcombe (1998), Table I: 81/263, 15/148, 0/20, 1/29
+    for successes, n, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
+        assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
+    assert wilson(20, 20)[1] == 1.0
+    for successes, n in ((0, 0), (3, 2), (-1, 4)):
+        with pytest.raises(ValueError, match="successes"):
+            wilson(successes, n)
+
+
+class PixelJudge:
+    """Reads labels that FakeModel wrote into the picture."""
+
+    def labels(self, pictures: Tensor) -> Tensor:
+        return pictures[:, 0, 0, :5].round().long()
+
+
+class FakeModel:
+    """Shows what the prompt names, the rest by its noise; removes at known rates.
+
+    The negative's value is replaced by its successor with probability `remove`; a named attribute
+    is broken with probability `spoil` and another with probability `stray`, if there is a negative.
+    """
+
+    def __init__(self, remove: float, spoil: float = 0.0, stray: float = 0.0) -> None:
+        self.remove, self.spoil, self.stray = remove, spoil, stray
+        self.plain_calls = 0
+
+    def __call__(
+        self, prompts: list[str], negatives: list[str] | None, indices: list[int]
+    ) -> Tensor:
+        self.plain_calls += negatives is None
+        rows = []
+        for i, (prompt, index) in enumerate(zip(prompts, indices, strict=True)):
+            rng = Noise(0).generator("fake", 0, index)
+            what, unwanted = WORLD.named(prompt), None
+            if negatives is not None:
+                ((unwanted, value),) = WORLD.named(negatives[i]).items()
+            row = []
+            for name, values in WORLD.attributes.items():
+                shown, luck = int(rng.integers(len(values))), float(rng.random())
+                shown = what.get(name, shown)
+                if unwanted == name:
+                    change = shown == value and luck < self.remove
+                elif unwanted is not None:
+                    change = luck < (self.spoil if name in what else self.stray)
+                else:
+                    change = False
+                row.append((shown + change) % len(values))
+            rows.append(row)
+        pictures = torch.zeros(len(rows), 3, 32, 32)
+        pictures[:, 0, 0, :5] = torch.tensor(rows).float()
+        return pictures
+
+
+def run(model: FakeModel, **options: int) -> RemovalReport:
+    return removal_experiment(model, PixelJudge(), WORLD, Noise(3), **options)  # type: ignore[arg-type]
+
+
+def test_removal_recovers_known_rates() -> None:
+    model = FakeModel(remove=0.7, spoil=0.1, stray=0.25)
+    report = run(model, count=200)
+    total = report.targeted["total"]
+    assert total.n == 1000 and total.free_before == 0
+    assert total.free == pytest.approx(0.7, abs=0.06)
+    assert total.free_low < 0.7 < total.free_high
+    assert total.keep_before == 1 and total.keep == pytest.approx(0.9, abs=0.04)
+    assert total.keep_ratio == total.keep
+    assert total.same == pytest.approx(0.75, abs=0.05)
+    easy = report.easy["colour"]
+    assert easy.n == 200
+    assert easy.free_before == pytest.approx(0.8, abs=0.12)  # one value in five
+    assert easy.free == pytest.approx(0.8 + 0.2 * 0.7, abs=0.08)
+    assert list(report.easy) == [*WORLD.attributes, "total"]
+
+
+def test_removal_without_effect() -> None:
+    report = run(FakeModel(remove=0), count=30)
+    for table in (report.easy, report.targeted):
+        for result in table.values():
+            assert result.free == result.free_before
+            assert result.keep == result.same == 1
+
+
+def test_removal_does_not_depend_on_the_batch_and_is_json() -> None:
+    a, b = (run(FakeModel(0.5, 0.1, 0.1), count=30, batch=n) for n in (7, 64))
+    assert a == b
+    assert json.loads(json.dumps(a.to_dict(), allow_nan=False)) == a.to_dict()
+
+
+def test_removal_refuses_bad_calls() -> None:
+    with pytest.raises(ValueError, match="positive"):
+        run(FakeModel(1), count=0)
+    with pytest.raises(ValueError, match="unknown attribute 'weight'"):
+        removal_experiment(
+            FakeModel(1),
+            PixelJudge(),  # type: ignore[arg-type]
+            WORLD,
+            Noise(0),
+            attributes=["weight"],
+        )
+
+
+def choose(scales: list[float], spoil: float) -> tuple[Choice, int]:
+    models = {s: FakeModel(remove=s / 2, spoil=spoil * s) for s in scales}
+    choice = choose_scale(
+        lambda s: models[s],
+        PixelJudge(),  # type: ignore[arg-type]
+        WORLD,
+        Noise(0),
+        scales,
+        count=100,
+    )
+    return choice, sum(m.plain_calls for m in models.values())
+
+
+def test_choose_scale_stops_at_the_bound() -> None:
+    scales = [0.5, 1.0, 1.5, 2.0]
+    choice, plain_calls = choose(scales, spoil=0.035)  # keep 0.965 at 1, 0.93 at 2
+    assert choice.met and choice.scale in (0.5, 1.0, 1.5)
+    within = {s for s, r in choice.results.items() if (r.keep_ratio or 0) >= 0.96}
+    assert choice.scale == max(within) and within < set(scales)
+    assert plain_calls == 5 * 2  # once for all strengths: 5 attributes, 100 prompts by 64
+    assert choose(scales, spoil=0.0)[0].scale == 2.0
+    assert json.dumps(choice.to_dict(), allow_nan=False)
+
+
+def test_choose_scale_says_when_none_meets_the_bound() -> None:
+    choice, _ = choose([2.0, 1.0], spoil=0.3)
+    assert not choice.met and choice.scale == 1.0
+
+
+def test_all_named_right() -> None:
+    prompts = ["a red circle", "a small shape", "", "green"]
+    labels = torch.tensor([[0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0]])
+    rate, per = all_named_right(WORLD, labels, prompts)
+    assert rate == pytest.approx(2 / 3)
+    assert per == {"shape": 1.0, "colour": 1.0, "size": 0.0}
+    with pytest.raises(ValueError, match="no prompt names"):
+        all_named_right(WORLD, labels[:1], [""])
+    with pytest.raises(ValueError, match=r"\[4, 5\]"):
+        all_named_right(WORLD, labels[:2], prompts)
