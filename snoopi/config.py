@@ -1,0 +1,582 @@
+"""Recipes: one TOML file and `section.key=value` overrides become one frozen Config.
+
+Every key is declared once, below, with its type, its default, its bounds and a one-line meaning;
+reading, checking, writing and the printed reference all walk these declarations. What a user can
+get wrong raises ConfigError with one line that names the file (or the override), the key, what was
+expected and what came.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+
+class ConfigError(ValueError):
+    """A recipe or an override that can't be used; the message is one line for the user."""
+
+
+class _Bounds(NamedTuple):
+    """Closed bounds of a number or of each number in a list; `above` is an open lower bound."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+
+    def hold(self, value: float) -> bool:
+        return self.low <= value <= self.high and value > self.above
+
+    def __str__(self) -> str:
+        if self.above > -math.inf:
+            return f"above {self.above:g}" + (
+                f" and at most {self.high:g}" if self.high < math.inf else ""
+            )
+        if self.high < math.inf:
+            return f"from {self.low:g} to {self.high:g}"
+        return f"of at least {self.low:g}"
+
+
+def _key(
+    default: Any,
+    help: str,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+    span: Literal["closed", "half-open"] | None = None,
+) -> Any:
+    """Declare one key. `span` makes a pair a range: [low, high], which may be one point, or
+    [low, high), which may not be empty."""
+    bounds = _Bounds(low, high, above)
+    return field(default=default, metadata={"help": help, "bounds": bounds, "span": span})
+
+
+# --- the sections, in the order in which they are written -----------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which networks a run starts from."""
+
+    preset: str = _key("shapes", "zoo preset to build from scratch (method denoise)")
+    teacher: str = _key(
+        "", "model folder, or name of the recipe that trains the teacher (method vsd)"
+    )
+    student_init: str = _key(
+        "teacher", "'teacher' copies the teacher, else a model folder (method vsd)"
+    )
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where prompts (and, for a teacher, pictures) come from."""
+
+    world: Literal["shapes"] = _key("shapes", "captioned picture source")
+    null: Literal["encoded", "zeros"] = _key(
+        "encoded", "the null text: the encoded empty prompt, or zeros"
+    )
+    dropout: float = _key(
+        0.1, "share of captions replaced by the null text where a score is learnt", low=0, high=1
+    )
+
+
+@dataclass(frozen=True)
+class Kappa:
+    """Guidance scales of the two teachers in the VSD gradient (SNOOPI Eq. 7)."""
+
+    teacher: tuple[float, float] = _key(
+        (0.5, 4.0), "range of the frozen teacher; [c, c] fixes it", low=0, span="closed"
+    )
+    lora: tuple[float, float] = _key(
+        (0.5, 4.0), "range of the LoRA teacher; [c, c] fixes it", low=0, span="closed"
+    )
+    draw: Literal["shared", "independent"] = _key(
+        "shared", "one u ~ U(0,1) mapped to both ranges, or one u each"
+    )
+    per: Literal["sample", "batch"] = _key(
+        "sample", "one draw for each picture, or one for the whole batch"
+    )
+
+
+@dataclass(frozen=True)
+class Vsd:
+    """The VSD gradient and its surrogate loss."""
+
+    student_t: int = _key(999, "timestep of the student's only call", low=0, high=999)
+    t: tuple[int, int] = _key(
+        (20, 981), "the teachers' timesteps [low, high)", low=0, high=1000, span="half-open"
+    )
+    weight: Literal["sigma2", "none"] = _key("sigma2", "w(t) of the gradient: sigma_t^2, or 1")
+    normaliser: Literal["none", "dmd"] = _key(
+        "none", "'dmd' divides by mean |x0 - x0_teacher| of each picture"
+    )
+    surrogate: Literal["mean", "sum"] = _key(
+        "mean", "0.5 |x0 - target|^2 over a picture's elements; mean over the batch"
+    )
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The LoRA teacher."""
+
+    rank: int = _key(64, "rank of the adapters", low=1)
+    gamma: float = _key(128.0, "numerator of the adapters' multiplier gamma / rank", above=0)
+    targets: tuple[str, ...] = _key(
+        ("to_q", "to_v"), "endings of the names of the layers that get an adapter"
+    )
+    t: tuple[int, int] = _key(
+        (0, 1000), "timesteps of its own training [low, high)", low=0, high=1000, span="half-open"
+    )
+    loss_weight: Literal["none", "alpha_bar"] = _key("none", "weight of its noise-prediction loss")
+    updates_per_step: int = _key(
+        1, "updates of the LoRA teacher for each update of the student", low=1
+    )
+
+
+@dataclass(frozen=True)
+class Denoise:
+    """Training of a teacher on captioned pictures."""
+
+    prediction: Literal["v", "eps", "x0"] = _key(
+        "v", "what the network predicts and the loss compares"
+    )
+    weight: Literal["none", "min_snr"] = _key("none", "weight of the loss over timesteps")
+    t: tuple[int, int] = _key(
+        (0, 1000), "timesteps [low, high)", low=0, high=1000, span="half-open"
+    )
+
+
+@dataclass(frozen=True)
+class Optim:
+    """One AdamW."""
+
+    lr: float = _key(1e-6, "learning rate after warm-up", above=0)
+    betas: tuple[float, float] = _key((0.9, 0.999), "AdamW's betas", low=0, high=0.999999)
+    weight_decay: float = _key(0.0, "AdamW's decoupled weight decay", low=0)
+    clip: float = _key(1.0, "largest norm of the gradient; 0 does not clip", low=0)
+    schedule: Literal["constant", "cosine"] = _key(
+        "constant", "course of the learning rate; cosine ends at 0"
+    )
+    warmup: int = _key(0, "steps of linear warm-up", low=0)
+
+
+@dataclass(frozen=True)
+class Optims:
+    """Optimizers: of the trained network, and of the LoRA teacher."""
+
+    student: Optim = field(default_factory=Optim)
+    lora: Optim = field(default_factory=lambda: Optim(lr=1e-3))
+
+
+@dataclass(frozen=True)
+class Ema:
+    """Moving average of the trained weights; it is what the model folder holds."""
+
+    decay: float = _key(0.0, "decay of each step; 0 switches the average off", low=0, high=0.999999)
+    dtype: Literal["fp32", "bf16"] = _key("fp32", "storage of the average")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How a step is spread over ranks and memory."""
+
+    shard: Literal["auto", "always", "never"] = _key("auto", "FSDP2; auto: with more than one rank")
+    checkpointing: bool = _key(False, "recompute each block's activations in the backward pass")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The loop."""
+
+    method: Literal["vsd", "denoise"] = _key("vsd", "distil a student, or train a teacher")
+    steps: int = _key(1000, "updates of the trained network", low=1)
+    batch: int = _key(32, "pictures of one update over all ranks", low=1)
+    accumulate: int = _key(1, "parts into which each rank's share of the batch is split", low=1)
+    dtype: Literal["fp32", "bf16"] = _key(
+        "fp32", "bf16 runs the networks under autocast; losses stay fp32"
+    )
+    device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: cuda where there is one")
+    seed: int = _key(0, "seed of every random number", low=0, high=2**63 - 1)
+    log: int = _key(10, "steps between rows of metrics.jsonl", low=1)
+    save: int = _key(100, "steps between run states; the last step is always saved", low=1)
+    keep: int = _key(2, "run states kept", low=1)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Held-out measurements at the end of a run (and during it)."""
+
+    prompts: int = _key(400, "held-out prompts; 0 does not evaluate", low=0)
+    every: int = _key(0, "steps between evaluations; 0: only after the last step", low=0)
+    batch: int = _key(100, "pictures made at once", low=1)
+    removal: int = _key(200, "prompts with a negative; 0 leaves the removal test out", low=0)
+    scales: tuple[float, ...] = _key(
+        (0.5, 1.0, 1.5, 2.0), "NASA strengths to try in the removal test", low=0
+    )
+    teacher_steps: int = _key(25, "sampler steps of the teacher it is compared with", low=1)
+    teacher_kappa: float = _key(2.25, "guidance scale of that teacher", low=0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One resolved run."""
+
+    run: Run = field(default_factory=Run)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    denoise: Denoise = field(default_factory=Denoise)
+    kappa: Kappa = field(default_factory=Kappa)
+    vsd: Vsd = field(default_factory=Vsd)
+    lora: Lora = field(default_factory=Lora)
+    optim: Optims = field(default_factory=Optims)
+    ema: Ema = field(default_factory=Ema)
+    parallel: Parallel = field(default_factory=Parallel)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+
+# Sections and keys that a method does not read. Setting one is an error: it would change nothing.
+_UNREAD: dict[str, tuple[str, ...]] = {
+    "vsd": ("denoise", "model.preset"),
+    "denoise": ("kappa", "vsd", "lora", "optim.lora", "model.teacher", "model.student_init"),
+}
+
+
+def _unread(path: str, method: str) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in _UNREAD[method])
+
+
+# --- walking the declarations ---------------------------------------------------------------------
+
+
+class _Declared(NamedTuple):
+    """One declared key: `kappa.teacher`, its type, default and metadata."""
+
+    path: str
+    type: Any
+    default: Any
+    meta: Mapping[str, Any]
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def _walk(section: Any, prefix: str = "") -> Iterator[_Declared]:
+    """Yield every key below a config instance, with its value as default, as declared."""
+    hints = get_type_hints(type(section))
+    for item in dataclasses.fields(section):
+        path, value = f"{prefix}{item.name}", getattr(section, item.name)
+        if _is_section(hints[item.name]):
+            yield from _walk(value, f"{path}.")
+        else:
+            yield _Declared(path, hints[item.name], value, item.metadata)
+
+
+_DECLARED: dict[str, _Declared] = {item.path: item for item in _walk(Config())}
+_SECTIONS: frozenset[str] = frozenset(
+    path.rsplit(".", depth)[0] for path in _DECLARED for depth in range(1, path.count(".") + 1)
+)
+
+
+def _build(section: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """Copy `section` with the keys in `values` (by full path) replaced."""
+    changed = {}
+    for item in dataclasses.fields(section):
+        path, old = f"{prefix}{item.name}", getattr(section, item.name)
+        changed[item.name] = (
+            _build(old, values, f"{path}.") if path in _SECTIONS else values.get(path, old)
+        )
+    return dataclasses.replace(section, **changed)
+
+
+# --- types ----------------------------------------------------------------------------------------
+
+
+def _type_name(kind: Any, meta: Mapping[str, Any] | None = None) -> str:
+    """The type in a user's words, for example `[number, number]`."""
+    names = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+    if kind in names:
+        return names[kind]
+    arguments = get_args(kind)
+    if get_origin(kind) is Literal:
+        return " or ".join(arguments)
+    if arguments[-1] is Ellipsis:
+        return f"[{names[arguments[0]]}, ...]"
+    closing = ")" if meta and meta["span"] == "half-open" else "]"
+    return f"[{', '.join(names[item] for item in arguments)}{closing}"
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a TOML value has the type; whole numbers pass as numbers, true and false never do."""
+    if kind is float:
+        return (
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        )
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind in (bool, str):
+        return isinstance(value, kind)
+    arguments = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in arguments
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    if arguments[-1] is Ellipsis:
+        return all(_fits(arguments[0], item) for item in value)
+    return len(value) == len(arguments) and all(map(_fits, arguments, value))
+
+
+def _as_type(kind: Any, value: Any) -> Any:
+    """Convert a value that fits: numbers to float where declared so, lists to tuples."""
+    if kind is float:
+        return float(value)
+    if isinstance(value, list | tuple):
+        return tuple(_as_type(get_args(kind)[0], item) for item in value)
+    return value
+
+
+def _checked(declared: _Declared, value: Any, source: str) -> Any:
+    """The value in its declared type. Raises ConfigError on a wrong type or an impossible value."""
+    where = f"{source}: {declared.path}"
+    if not _fits(declared.type, value):
+        expected = _type_name(declared.type, declared.meta)
+        raise ConfigError(f"{where}: expected {expected}, got {value!r}")
+    value = _as_type(declared.type, value)
+    numbers = [
+        item
+        for item in (value if isinstance(value, tuple) else (value,))
+        if isinstance(item, int | float)
+    ]
+    if not all(declared.meta["bounds"].hold(item) for item in numbers):
+        raise ConfigError(
+            f"{where}: expected {_type_name(declared.type)} {declared.meta['bounds']}, "
+            f"got {_toml(value)}"
+        )
+    span = declared.meta["span"]
+    if span and (value[0] > value[1] or (span == "half-open" and value[0] == value[1])):
+        relation = "low <= high" if span == "closed" else "low < high"
+        raise ConfigError(f"{where}: expected a range with {relation}, got {_toml(value)}")
+    return value
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("snoopi") / "recipes"
+    return sorted(
+        item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml")
+    )
+
+
+def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe and apply overrides, in order.
+
+    Args:
+        name_or_path: a packaged recipe's name, or the path of a file (has `.toml` or a folder).
+        overrides: `section.key=value`; the value is TOML, or else taken as bare text.
+
+    Raises:
+        ConfigError: on anything that is not exactly a known key with a possible value.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+
+    def take(source: str, found: Iterator[tuple[str, Any]]) -> None:
+        for path, value in found:
+            values[path], sources[path] = _checked(_DECLARED[path], value, source), source
+
+    for source, table in _chain(str(name_or_path), None, ()):
+        take(source, _keys_of(table, source))
+    for override in overrides:
+        take(f"override {override!r}", _keys_of_override(override))
+    config: Config = _build(Config(), values)
+    _check_whole(config, sources, str(name_or_path))
+    return config
+
+
+def _chain(
+    name: str, folder: Path | None, seen: tuple[str, ...]
+) -> list[tuple[str, dict[str, Any]]]:
+    """(source, table) of a recipe and what it inherits by `base = "other"`, the oldest first."""
+    source, text, folder = _read(name, folder)
+    if source in seen:
+        raise ConfigError(f"{source}: base recipes go in a circle: {' -> '.join((*seen, source))}")
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: not valid TOML: {error}") from None
+    base = table.pop("base", None)
+    if base is None:
+        return [(source, table)]
+    if not isinstance(base, str):
+        raise ConfigError(
+            f"{source}: base: expected the name or the path of a recipe, got {base!r}"
+        )
+    return [*_chain(base, folder, (*seen, source)), (source, table)]
+
+
+def _read(name: str, folder: Path | None) -> tuple[str, str, Path | None]:
+    """(source, text, folder) of a recipe; a path in `base` is relative to its file's folder."""
+    if not (name.endswith(".toml") or "/" in name):
+        known = recipes()
+        if name not in known:
+            raise ConfigError(
+                f"unknown recipe {name!r}{_nearest(name, known)}; "
+                f"known: {', '.join(known)}, or the path of a .toml file"
+            )
+        source = f"recipes/{name}.toml"
+        return source, (resources.files("snoopi") / source).read_text("utf-8"), None
+    path = Path(name) if folder is None else folder / name
+    try:
+        return str(path), path.read_text("utf-8"), path.parent
+    except OSError as error:
+        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"cannot read recipe {path}: it is not UTF-8 text") from None
+
+
+def _keys_of(table: Mapping[str, Any], source: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (path, value) of a TOML table.
+
+    Raises:
+        ConfigError: a name is neither a section nor a key.
+    """
+    for name, value in table.items():
+        path = f"{prefix}{name}"
+        if path in _DECLARED:
+            yield path, value
+        elif path not in _SECTIONS:
+            what = "section" if isinstance(value, dict) else "key"
+            raise ConfigError(
+                f"{source}: unknown {what} {path}{_nearest(path, [*_DECLARED, *_SECTIONS])}"
+            )
+        elif isinstance(value, dict):
+            yield from _keys_of(value, source, f"{path}.")
+        else:
+            keys = ", ".join(key for key in _DECLARED if key.startswith(f"{path}."))
+            raise ConfigError(
+                f"{source}: {path}: expected a section with the keys {keys}, got {value!r}"
+            )
+
+
+def _keys_of_override(override: str) -> Iterator[tuple[str, Any]]:
+    path, equals, text = (part.strip() for part in override.partition("="))
+    if not equals or not path or not text:
+        raise ConfigError(f"override {override!r}: expected section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        value = {}
+    parsed = value["value"] if set(value) == {"value"} else text
+    # A folder called 2024 or true is text, too.
+    if path in _DECLARED and _DECLARED[path].type is str and not isinstance(parsed, str):
+        parsed = text
+    return _keys_of({path: parsed}, f"override {override!r}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """`; the nearest is X`, by whole paths first and by their last part next."""
+    by_last = {item.rsplit(".", 1)[-1]: item for item in known}
+    whole = difflib.get_close_matches(name, known, 1, 0.7)
+    last = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last, 1, 0.7)
+    loose = difflib.get_close_matches(name, known, 1, 0.3)
+    best = whole[0] if whole else by_last[last[0]] if last else loose[0] if loose else ""
+    return f"; the nearest is {best}" if best else ""
+
+
+def _check_whole(config: Config, sources: Mapping[str, str], recipe: str) -> None:
+    """What no key can know alone. Raises ConfigError naming who set the key."""
+    method, run = config.run.method, config.run
+    for path, source in sources.items():
+        if _unread(path, method):
+            raise ConfigError(f"{source}: {path} is not read by run.method = {method!r}")
+    if run.batch % run.accumulate:
+        source = sources.get("run.accumulate", recipe)
+        raise ConfigError(
+            f"{source}: run.accumulate: expected a divisor of run.batch = {run.batch}, "
+            f"got {run.accumulate}"
+        )
+    if method == "vsd" and not config.model.teacher:
+        raise ConfigError(
+            f"{recipe}: model.teacher: expected a model folder or the name of a recipe, got ''"
+        )
+    for path, optim in _read_optims(config):
+        if optim.warmup >= run.steps:
+            source = sources.get(f"{path}.warmup", recipe)
+            raise ConfigError(
+                f"{source}: {path}.warmup: expected less than run.steps = {run.steps}, "
+                f"got {optim.warmup}"
+            )
+
+
+def _read_optims(config: Config) -> list[tuple[str, Optim]]:
+    both = [("optim.student", config.optim.student), ("optim.lora", config.optim.lora)]
+    return both if config.run.method == "vsd" else both[:1]
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def _toml(value: Any) -> str:
+    """One TOML value. JSON's strings are TOML's but for DEL, which TOML wants escaped."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return repr(value)
+
+
+def to_toml(config: Config) -> str:
+    """The resolved config as a recipe, every key its method reads with its meaning.
+
+    `load` of the written text gives an equal Config.
+    """
+    lines: list[str] = []
+    section = ""
+    for item in _walk(config):
+        if _unread(item.path, config.run.method):
+            continue
+        parent, name = item.path.rsplit(".", 1)
+        if parent != section:
+            lines += [""] * bool(lines) + [f"[{parent}]"]
+            section = parent
+        lines.append(f"{f'{name} = {_toml(item.default)}':<34}  # {item.meta['help']}")
+    return "\n".join(lines) + "\n"
+
+
+def reference() -> str:
+    """Every key with its type, default and meaning, one a line: for --help and the docs."""
+    rows = [
+        (d.path, _type_name(d.type, d.meta), _toml(d.default), d.meta["help"])
+        for d in _DECLARED.values()
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join("  ".join([*(map(str.ljust, row, widths)), row[3]]) for row in rows) + "\n"
+
+
+def digest(config: Config) -> str:
+    """SHA-256 of the resolved recipe: kept in each run state."""
+    return hashlib.sha256(to_toml(config).encode()).hexdigest()
+
+
+def differences(before: Config, after: Config) -> list[str]:
+    """`section.key: old -> new` for every key that differs, for example on resume."""
+    pairs = zip(_walk(before), _walk(after), strict=True)
+    return [
+        f"{a.path}: {_toml(a.default)} -> {_toml(b.default)}"
+        for a, b in pairs
+        if a.default != b.default
+    ]

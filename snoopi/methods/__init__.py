@@ -1,0 +1,1 @@
+"""Losses: one equation, one function. Networks come as arguments; no files, no ranks."""

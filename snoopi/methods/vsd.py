@@ -1,0 +1,113 @@
+"""Variational score distillation with a random guidance scale: PG-SB (SNOOPI Eq. 6-7).
+
+The teacher pair is ONE network with LoRA adapters: eps_psi, the frozen teacher, is the network
+without them, eps_phi, the LoRA teacher, the network with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from snoopi import lora
+from snoopi.conditioning import Conditioning, concat
+from snoopi.guidance import cfg
+from snoopi.noise import Noise
+from snoopi.schedule import Schedule
+
+Range = tuple[float, float]
+
+
+class TeacherScores(NamedTuple):
+    """Guided predictions of both teachers at x_t, in the network's parametrisation, fp32."""
+
+    teacher: Tensor
+    lora_teacher: Tensor
+
+
+def draw_kappa(
+    noise: Noise,
+    step: int,
+    indices: Sequence[int],
+    teacher: Range,
+    lora_teacher: Range,
+    draw: Literal["shared", "independent"] = "shared",
+    per: Literal["sample", "batch"] = "sample",
+) -> tuple[Tensor, Tensor]:
+    """Guidance scales kappa of the frozen and the LoRA teacher, [b] each (Eq. 7).
+
+    shared: one u ~ U(0, 1) mapped to both ranges. per batch: the whole batch has one draw, the
+    same on every rank. A range [c, c] is the constant c exactly.
+    """
+    rows = [0] * len(indices) if per == "batch" else list(indices)
+    u_teacher = noise.uniform("kappa", step, rows)
+    u_lora = u_teacher if draw == "shared" else noise.uniform("kappa_lora", step, rows)
+    low, high = teacher
+    low_lora, high_lora = lora_teacher
+    return low + (high - low) * u_teacher, low_lora + (high_lora - low_lora) * u_lora
+
+
+@torch.no_grad()
+def teacher_scores(
+    pair: nn.Module,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Conditioning,
+    null: Conditioning,
+    kappa: Tensor,
+    kappa_lora: Tensor,
+) -> TeacherScores:
+    """Both teachers' guided predictions from one call on 4b rows (Eq. 4 for each).
+
+    The rows are [frozen y, frozen null | lora y, lora null]; adapters act on the second half, so
+    the frozen rows are bit-equal to the network without adapters and one sharded copy serves both.
+    x_t [b c h w], t int [b], kappa, kappa_lora [b].
+    """
+    b = len(x_t)
+    null = null.expand(b)
+    texts = concat([cond, null, cond, null])
+    with lora.rows(pair, 2 * b):
+        out = pair(x_t.repeat(4, 1, 1, 1), t.repeat(4), texts).float()  # [4b c h w]
+    c_psi, u_psi, c_phi, u_phi = out.chunk(4)
+    return TeacherScores(cfg(c_psi, u_psi, kappa), cfg(c_phi, u_phi, kappa_lora))
+
+
+def vsd_gradient(
+    schedule: Schedule,
+    scores: TeacherScores,
+    x0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    weight: Literal["sigma2", "none"] = "sigma2",
+    normaliser: Literal["none", "dmd"] = "none",
+) -> Tensor:
+    """The gradient of the VSD loss with respect to x0: w(t) (eps_psi - eps_phi), fp32 (Eq. 7).
+
+    w = sigma_t^2 (SwiftBrush). The chain rule's alpha_t is left in w, as the paper does.
+    normaliser "dmd": divided by the mean over a picture of |x0 - x0_psi| (DMD, Eq. 8).
+    Nothing is clamped and no NaN is hidden.
+    """
+    gradient = schedule.to_eps(scores.teacher, x_t, t) - schedule.to_eps(
+        scores.lora_teacher, x_t, t
+    )
+    if weight == "sigma2":
+        gradient = gradient * schedule.alpha_sigma(t, x_t)[1].square()
+    if normaliser == "dmd":
+        distance = (x0.float() - schedule.to_x0(scores.teacher, x_t, t)).abs()
+        gradient = gradient / distance.flatten(1).mean(1).view(-1, 1, 1, 1)
+    return gradient
+
+
+def surrogate(
+    x0: Tensor, gradient: Tensor, reduction: Literal["mean", "sum"] = "mean"
+) -> Tensor:
+    """A loss whose gradient with respect to x0 is `gradient` (per element / elements for "mean").
+
+    0.5 |x0 - stopgrad(x0 - gradient)|^2 over a picture's elements, one number per sample, fp32 [b].
+    """
+    target = (x0 - gradient).detach()
+    error = 0.5 * (x0.float() - target.float()).square().flatten(1)
+    return error.mean(1) if reduction == "mean" else error.sum(1)

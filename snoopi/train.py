@@ -1,0 +1,231 @@
+"""Train a teacher, or distil one into a one-step student (PG-SB).
+
+    torchrun [--nproc-per-node N] -m snoopi.train [RECIPE] [section.key=value ...]
+             [--out DIR] [--resume] [--print-config] [--dry-run]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from snoopi import config as recipes
+from snoopi import parallel, runstate, zoo
+from snoopi.config import Config
+from snoopi.final import Observer, finish_student, finish_teacher
+from snoopi.pipeline import load
+from snoopi.runlog import RunLog
+from snoopi.trainers import Distiller, TeacherTrainer, Trainer
+
+DEFAULT = "pgsb_shapes_gap"
+
+
+class Stopped(Exception):
+    """A run was asked to stop and has saved its state."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status: 0, 2 for a user's mistake, 130 or 143 when stopped."""
+    options = _parser().parse_args(arguments)
+    try:
+        config, out = _resolve(options)
+        if options.print_config:
+            print(recipes.to_toml(config), end="")
+        elif options.dry_run:
+            print(_plan(config, out))
+        else:
+            group = config.parallel.shard == "always"
+            with parallel.session(config.run.device, group) as device:
+                run(config, out, device, resume=options.resume)
+    except ValueError as error:
+        if parallel.is_main():
+            print(f"snoopi.train: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        if parallel.is_main():
+            print(f"snoopi.train: {stopped}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(config: Config, out: Path, device: torch.device, *, resume: bool = False) -> None:
+    """One run from recipe to report, in the folder `out`; a missing teacher is trained first."""
+    started = time.monotonic()
+    teacher = _teacher(config, out, device, resume=resume) if config.run.method == "vsd" else None
+    with runstate.lock(out):
+        trainer: Trainer
+        if teacher is not None:
+            trainer = Distiller(config, device, load(teacher))
+        else:
+            trainer = TeacherTrainer(config, device)
+        _say(f"{out}: {_what(config)}")
+        observer = Observer(config, out, teacher)
+        fit(trainer, config, out, observer, resume=resume)
+        pipeline = trainer.pipeline()
+        if pipeline is None:
+            return
+        pipeline.provenance = _provenance(config, out)
+        model = pipeline.save(out / "model")
+        seconds = {"training": time.monotonic() - started}
+        finish = finish_student if teacher is not None else finish_teacher
+        finish(config, out, model, teacher, observer, seconds)
+
+
+def fit(trainer: Trainer, config: Config, out: Path, observer: Any, *, resume: bool) -> None:
+    """The loop: step, log, look, save; stops on a signal, or on a loss that is not finite."""
+    steps, every = config.run.steps, config.evaluate.every
+    first = _first_step(trainer, config, out, resume)
+    with (
+        parallel.SignalGuard() as guard,
+        RunLog(out / "metrics.jsonl", steps, resumed=first, main=parallel.is_main()) as log,
+    ):
+        clock, pictures = time.monotonic(), 0
+        for step in range(first, steps):
+            row = trainer.step(step)
+            done, pictures = step + 1, pictures + config.run.batch
+            _check_finite(row, trainer, step)
+            if done % config.run.log == 0 or done == steps:
+                row = parallel.mean(row)
+                row["images_per_s"] = pictures / (time.monotonic() - clock)
+                if every and (done % every == 0 or done == steps):
+                    row |= observer.look(trainer.pipeline(), done)
+                log.write(done, row)
+                clock, pictures = time.monotonic(), 0
+            stopping = guard.stop() and done < steps
+            if done % config.run.save == 0 or done == steps or stopping:
+                _save(trainer, config, out, done)
+            if stopping:
+                raise Stopped(f"stopped after step {done}; --resume --out {out} goes on from there")
+
+
+def _check_finite(row: dict[str, Any], trainer: Trainer, step: int) -> None:
+    """Stop on a figure that is not finite, naming what the step was made of."""
+    bad = [name for name, value in row.items() if not math.isfinite(float(value))]
+    if parallel.any_rank(bool(bad)):
+        names = ", ".join(bad) or "a figure of another rank"
+        raise ValueError(
+            f"step {step}: {names} is not finite; the run stops, its last state is whole. "
+            f"{trainer.describe(step)}"
+        )
+
+
+def _first_step(trainer: Trainer, config: Config, out: Path, resume: bool) -> int:
+    """The step to start from: that of the newest run state with --resume, else 0."""
+    found = runstate.steps(out)
+    if found and not resume:
+        raise ValueError(f"{out} holds a run up to step {found[-1]}: add --resume, or another --out")
+    if not found:
+        if parallel.is_main():
+            (out / "config.toml").write_text(recipes.to_toml(config), encoding="utf-8")
+        return 0
+    before = recipes.load(out / "config.toml")
+    changed = [d for d in recipes.differences(before, config) if not d.startswith("evaluate.")]
+    if changed:
+        raise ValueError(f"{out} was started with another recipe: {'; '.join(changed)}")
+    step = runstate.load_latest(out, trainer.state())
+    _say(f"{out}: resumed after step {step}")
+    return step
+
+
+def _save(trainer: Trainer, config: Config, out: Path, done: int) -> None:
+    digest = recipes.digest(config)
+    runstate.save(out, done, trainer.state(), config=digest, keep=config.run.keep)
+
+
+def _teacher(config: Config, out: Path, device: torch.device, *, resume: bool) -> Path:
+    """The teacher's model folder; where a recipe is named, its run beside `out`, made if missing."""
+    name = config.model.teacher
+    if name not in recipes.recipes():
+        return Path(name)
+    folder = out.parent / name
+    if not (folder / "model").is_dir():
+        _say(f"the teacher {folder / 'model'} is not there yet: training it first")
+        run(recipes.load(name), folder, device, resume=True)
+        parallel.barrier()
+    return folder / "model"
+
+
+def _resolve(options: argparse.Namespace) -> tuple[Config, Path]:
+    """The recipe with its overrides, and the run's folder."""
+    words = list(options.recipe)
+    name = words.pop(0) if words and "=" not in words[0] else None
+    if name is None and options.resume and options.out and (options.out / "config.toml").is_file():
+        name = str(options.out / "config.toml")
+    name = name or DEFAULT
+    config = recipes.load(name, words)
+    return config, options.out or Path("runs") / Path(name).stem
+
+
+def _plan(config: Config, out: Path) -> str:
+    """What a run would do, without doing it: recipe, parameter counts, steps."""
+    lines = [recipes.to_toml(config), f"out: {out}"]
+    if config.run.method == "denoise":
+        spec = zoo.preset(config.model.preset)
+        for part in spec.parts():
+            count = sum(p.numel() for p in zoo.build(spec, part).parameters())
+            lines.append(f"{part}: {count:,} parameters")
+    else:
+        lines.append(f"teacher: {config.model.teacher}")
+    lines.append(_what(config))
+    return "\n".join(lines)
+
+
+def _what(config: Config) -> str:
+    run = config.run
+    verb = "training a teacher" if run.method == "denoise" else "distilling a one-step student"
+    return f"{verb}: {run.steps} steps of {run.batch} pictures, {run.dtype}, seed {run.seed}"
+
+
+def _provenance(config: Config, out: Path) -> dict[str, Any]:
+    """Where a model folder comes from."""
+    return {
+        "method": config.run.method,
+        "recipe": out.name,
+        "recipe_sha256": recipes.digest(config),
+        "steps": config.run.steps,
+        "seed": config.run.seed,
+        "torch": torch.__version__,
+        "world_size": parallel.world_size(),
+    }
+
+
+def _say(text: str) -> None:
+    if parallel.is_main():
+        print(text, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="snoopi.train",
+        description="Train a teacher, or distil one into a one-step student (PG-SB).",
+        epilog="Keys of a recipe (section.key, type, default, meaning):\n\n" + recipes.reference(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = ", ".join(recipes.recipes())
+    parser.add_argument(
+        "recipe",
+        nargs="*",
+        help=f"a recipe ({names}) or a .toml file, then overrides section.key=value "
+        f"(default: {DEFAULT})",
+    )
+    parser.add_argument("--out", type=Path, help="the run's folder (default: runs/RECIPE)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest run state")
+    parser.add_argument("--print-config", action="store_true", help="print the recipe and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run and stop")
+    return parser
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of a process group may outlive an error: leave at once, with the right status.
+    os._exit(code) if code else sys.exit(0)

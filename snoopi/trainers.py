@@ -1,0 +1,366 @@
+"""The two kinds of run: a teacher learns a world by denoising; PG-SB distils it into one step.
+
+A trainer holds networks, optimizers and an average, and knows how to do step n; the loop around it
+(saving, logging, stopping) is train.py's. Every random number is keyed by (seed, stream, step,
+global sample index), so a trainer carries no random state and one step is a function of n.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from snoopi import lora, parallel, zoo
+from snoopi.conditioning import Conditioning
+from snoopi.config import Config, Optim
+from snoopi.methods.denoise import denoising_loss, drop_text
+from snoopi.methods.ema import EMA
+from snoopi.methods.vsd import draw_kappa, surrogate, teacher_scores, vsd_gradient
+from snoopi.noise import Noise
+from snoopi.pipeline import Pipeline
+from snoopi.runstate import OptimizerState, trainable
+from snoopi.samplers import one_step
+from snoopi.worlds.shapes import ShapesWorld
+
+FIT_PICTURES = 2048  # pictures behind the patch transform's principal components
+
+
+class Trainer(Protocol):
+    """What the loop asks of a run."""
+
+    def step(self, step: int) -> dict[str, Any]:
+        """Do step `step` (from 0); returns the row of figures to log. All ranks call."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs, for runstate.save and load_latest."""
+
+    def pipeline(self) -> Pipeline | None:
+        """The trained model with its averaged weights, whole, on rank 0; None on other ranks."""
+
+    def describe(self, step: int) -> str:
+        """What step `step` was made of, for the report of a loss that is not finite."""
+
+
+class Part(NamedTuple):
+    """One accumulation part of a step: global sample indices, and their texts."""
+
+    indices: range
+    prompts: list[str]
+    cond: Conditioning
+
+
+def lr_factor(optim: Optim, step: int, steps: int) -> float:
+    """Linear warm-up times (for "cosine") a half cosine to 0 over the run."""
+    warm = min(1.0, (step + 1) / optim.warmup) if optim.warmup else 1.0
+    if optim.schedule == "constant":
+        return warm
+    return warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+class Optimizer:
+    """AdamW over what requires a gradient, with its schedule, reduction and clipping."""
+
+    def __init__(self, optim: Optim, steps: int, **nets: nn.Module) -> None:
+        self.optim, self.steps = optim, steps
+        named = [(f"{n}.{k}", p) for n, net in nets.items() for k, p in net.named_parameters()]
+        self.parameters = [p for _, p in named if p.requires_grad]
+        self.adamw = torch.optim.AdamW(
+            self.parameters,
+            lr=optim.lr,
+            betas=optim.betas,
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+        self.state = OptimizerState(self.adamw, named)
+
+    def update(self, step: int) -> float:
+        """One update from the gradients of this rank's share; returns their norm before clipping."""
+        parallel.reduce_gradients(self.parameters)
+        norm = parallel.clip_grad_norm(self.parameters, self.optim.clip)
+        for group in self.adamw.param_groups:
+            group["lr"] = self.optim.lr * lr_factor(self.optim, step, self.steps)
+        if math.isfinite(norm):  # the loop stops on what is not: keep the last good weights
+            self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm
+
+
+class TeacherTrainer:
+    """A multi-step teacher (text encoder and backbone) learns a world's pictures by denoising."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.noise, self.world = Noise(config.run.seed), ShapesWorld()
+        self.tokenizer = self.world.tokenizer()
+        self.spec = self._spec()
+        self.vae = zoo.fresh(self.spec, "vae", config.run.seed).eval().to(device)
+        pictures = self.world.batch(self.noise, 0, range(FIT_PICTURES), "vae").pictures
+        self.vae.fit(pictures.to(device))
+        self.backbone = self._network("backbone")
+        self.text_encoder = self._network("text_encoder")
+        nets = {"backbone": self.backbone, "text_encoder": self.text_encoder}
+        self.optimizer = Optimizer(config.optim.student, config.run.steps, **nets)
+        self.averages = {n: EMA(net, config.ema.decay, _dtype(config)) for n, net in nets.items()}
+
+    def _spec(self) -> zoo.ModelSpec:
+        """The preset with the world's vocabulary and the recipe's prediction type."""
+        spec, tokenizer = zoo.preset(self.config.model.preset), self.tokenizer
+        text = spec.text[0]
+        words = tokenizer.tokenizer.get_vocab_size()
+        sizes = {"vocabulary": words, "length": tokenizer.max_length, "eos_id": words - 1}
+        encoder = dataclasses.replace(text.config, **sizes)
+        schedule = dataclasses.replace(spec.schedule, prediction=self.config.denoise.prediction)
+        return dataclasses.replace(
+            spec,
+            text=(dataclasses.replace(text, config=encoder),),
+            schedule=schedule,
+            null=self.config.data.null,
+        )
+
+    def _network(self, part: str) -> nn.Module:
+        net = zoo.fresh(self.spec, part, self.config.run.seed)
+        return _spread(net, self.config, self.device)
+
+    def step(self, step: int) -> dict[str, Any]:
+        """Predict what the noise hides at random timesteps (Eq. 3), with text dropout."""
+        config, losses = self.config, []
+        for part in _parts(config):
+            pictures, captions, _ = self.world.batch(self.noise, step, part)
+            loss = self._loss(step, part, pictures, captions).mean()
+            with parallel.gradient_sync(self.backbone, part.stop == _parts(config)[-1].stop):
+                (loss / config.run.accumulate).backward()
+            losses.append(loss.detach())
+        norm = self.optimizer.update(step)
+        for name, average in self.averages.items():
+            average.update(getattr(self, name), step)
+        return {"loss": torch.stack(losses).mean(), "grad_norm": norm}
+
+    def _loss(self, step: int, part: range, pictures: Tensor, captions: list[str]) -> Tensor:
+        config, noise = self.config, self.noise
+        dropped = noise.uniform("dropout", step, part) < config.data.dropout
+        texts = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
+        ids = self.tokenizer(texts)[0].to(self.device)
+        t = noise.integers("t", step, part, *config.denoise.t).to(self.device)
+        with torch.no_grad():
+            x0 = self.vae.encode(pictures.to(self.device))
+        eps = noise.normal("eps", step, part, x0.shape[1:]).to(self.device)
+        with parallel.autocast(self.device, config.run.dtype):
+            cond = Conditioning(self.text_encoder(ids).last)
+            weight = config.denoise.weight
+            return denoising_loss(self.backbone, self.spec.schedule, x0, t, eps, cond, weight)
+
+    def state(self) -> dict[str, Any]:
+        """Weights, averages and optimizer moments."""
+        nets = {"backbone": self.backbone, "text_encoder": self.text_encoder}
+        averages = {name: average.average for name, average in self.averages.items()}
+        return {**nets, "average": averages, "optimizer": self.optimizer.state}
+
+    def pipeline(self) -> Pipeline | None:
+        """The teacher with its averaged weights."""
+        nets = {
+            name: _averaged(self.spec, name, getattr(self, name), average, self.config)
+            for name, average in self.averages.items()
+        }
+        if not parallel.is_main():
+            return None
+        vae = copy.deepcopy(self.vae).cpu()
+        return Pipeline(
+            self.spec, nets["backbone"], vae, [nets["text_encoder"]], [self.tokenizer]
+        )
+
+    def describe(self, step: int) -> str:
+        """Timesteps and captions of a step."""
+        part = _parts(self.config)[0]
+        t = self.noise.integers("t", step, part, *self.config.denoise.t).tolist()
+        captions = self.world.batch(self.noise, step, part).captions
+        return f"t = {t}, captions = {captions}"
+
+
+class Distiller:
+    """PG-SB: a one-step student from prompts alone, by VSD with a frozen and a LoRA teacher."""
+
+    def __init__(self, config: Config, device: torch.device, teacher: Pipeline) -> None:
+        self.config, self.device = config, device
+        self.noise, self.world = Noise(config.run.seed), ShapesWorld()
+        self.teacher = teacher.to(device)
+        frozen, teacher.backbone = teacher.backbone, None  # becomes the pair: no third copy
+        assert frozen is not None
+        self.spec = dataclasses.replace(
+            teacher.spec,
+            null=config.data.null,
+            one_step=zoo.OneStep(config.vsd.student_t),
+        )
+        self.schedule = self.spec.schedule
+        student = copy.deepcopy(frozen).requires_grad_(True).train()
+        self.student = _spread(student, config, device)
+        lora.inject(frozen, config.lora.targets, config.lora.rank, config.lora.gamma, self.noise)
+        self.pair = _spread(frozen, config, device)
+        run = config.run
+        self.student_optimizer = Optimizer(config.optim.student, run.steps, student=self.student)
+        updates = run.steps * config.lora.updates_per_step
+        self.lora_optimizer = Optimizer(config.optim.lora, updates, pair=self.pair)
+        self.average = EMA(self.student, config.ema.decay, _dtype(config))
+        with torch.no_grad():
+            self.null = self._null()
+
+    def _null(self) -> Conditioning:
+        return Pipeline(
+            self.spec,
+            text_encoders=self.teacher.text_encoders,
+            tokenizers=self.teacher.tokenizers,
+        ).null()
+
+    def step(self, step: int) -> dict[str, Any]:
+        """The student follows the teachers' difference; then the LoRA teacher learns the student."""
+        parts = [self._part(step, indices) for indices in _parts(self.config)]
+        x0, row = self._update_student(step, parts)
+        for update in range(self.config.lora.updates_per_step):
+            draw = step * self.config.lora.updates_per_step + update
+            row |= self._update_lora(draw, parts, x0)
+        self.average.update(self.student, step)
+        return row
+
+    @torch.no_grad()
+    def _part(self, step: int, indices: range) -> Part:
+        prompts = self.world.prompts(self.noise, stream="prompts", step=step, indices=indices)
+        return Part(indices, prompts, self.teacher.encode(prompts))
+
+    def _update_student(
+        self, step: int, parts: Sequence[Part]
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        """x0 = f(z, y), g = w(t) (eps_psi - eps_phi), and one update along g (Eq. 7)."""
+        pictures, rows = [], []
+        for part, last in _with_last(parts):
+            z = self._normal("z", step, part.indices)
+            with parallel.autocast(self.device, self.config.run.dtype):
+                x0 = one_step(
+                    self.student, self.schedule, z, part.cond, self.config.vsd.student_t
+                )
+            gradient, row = self._gradient(step, part, x0.detach())
+            loss = surrogate(x0, gradient, self.config.vsd.surrogate).mean()
+            with parallel.gradient_sync(self.student, last):
+                (loss / len(parts)).backward()
+            pictures.append(x0.detach())
+            rows.append({"loss_vsd": loss.detach(), **row})
+        norm = self.student_optimizer.update(step)
+        return pictures, {**_mean_row(rows), "grad_norm_student": norm}
+
+    def _gradient(self, step: int, part: Part, x0: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The VSD gradient at fresh noise and timesteps, and the figures that tell of it."""
+        vsd, noise = self.config.vsd, self.noise
+        t = noise.integers("t", step, part.indices, *vsd.t).to(self.device)
+        x_t = self.schedule.add_noise(x0, self._normal("eps", step, part.indices), t)
+        kappa, kappa_lora = self._kappa(step, part.indices)
+        with parallel.autocast(self.device, self.config.run.dtype):
+            scores = teacher_scores(self.pair, x_t, t, part.cond, self.null, kappa, kappa_lora)
+        gradient = vsd_gradient(self.schedule, scores, x0, x_t, t, vsd.weight, vsd.normaliser)
+        gap = (scores.teacher - scores.lora_teacher).square().mean().sqrt()
+        row = {"gap": gap, "kappa_mean": kappa.mean(), "kappa_lora_mean": kappa_lora.mean()}
+        return gradient, {**row, "x0_std": x0.std()}
+
+    def _update_lora(
+        self, draw: int, parts: Sequence[Part], pictures: Sequence[Tensor]
+    ) -> dict[str, Any]:
+        """The LoRA teacher learns to denoise the student's pictures, with text dropout."""
+        config, noise, rows = self.config, self.noise, []
+        for (part, last), x0 in zip(_with_last(parts), pictures, strict=True):
+            t = noise.integers("lora_t", draw, part.indices, *config.lora.t).to(self.device)
+            eps = self._normal("lora_eps", draw, part.indices)
+            dropped = noise.uniform("dropout", draw, part.indices) < config.data.dropout
+            cond = drop_text(part.cond, self.null, dropped)
+            with parallel.autocast(self.device, config.run.dtype):
+                loss = denoising_loss(
+                    self.pair, self.schedule, x0, t, eps, cond, config.lora.loss_weight
+                ).mean()
+            with parallel.gradient_sync(self.pair, last):
+                (loss / len(parts)).backward()
+            rows.append({"loss_lora": loss.detach()})
+        return {**_mean_row(rows), "grad_norm_lora": self.lora_optimizer.update(draw)}
+
+    def _kappa(self, step: int, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        k = self.config.kappa
+        kappa, kappa_lora = draw_kappa(
+            self.noise, step, indices, k.teacher, k.lora, k.draw, k.per
+        )
+        return kappa.to(self.device), kappa_lora.to(self.device)
+
+    def _normal(self, stream: str, step: int, indices: Sequence[int]) -> Tensor:
+        side = self.spec.latent_size
+        shape = (self.spec.latent_channels, side, side)
+        return self.noise.normal(stream, step, indices, shape).to(self.device)
+
+    def state(self) -> dict[str, Any]:
+        """Student, its average, the adapters, both optimizers' moments."""
+        return {
+            "student": self.student,
+            "average": self.average.average,
+            "lora": trainable(self.pair),
+            "optimizer_student": self.student_optimizer.state,
+            "optimizer_lora": self.lora_optimizer.state,
+        }
+
+    def pipeline(self) -> Pipeline | None:
+        """The student with its averaged weights, and the teacher's VAE and text encoder."""
+        net = _averaged(self.spec, "backbone", self.student, self.average, self.config)
+        if not parallel.is_main():
+            return None
+        teacher = self.teacher
+        others = [teacher.vae, *teacher.text_encoders]
+        vae, *texts = (copy.deepcopy(net).cpu() if net is not None else None for net in others)
+        return Pipeline(self.spec, net, vae, texts, teacher.tokenizers)
+
+    def describe(self, step: int) -> str:
+        """Timesteps, guidance scales and prompts of a step."""
+        part = self._part(step, _parts(self.config)[0])
+        t = self.noise.integers("t", step, part.indices, *self.config.vsd.t).tolist()
+        kappa, kappa_lora = (k.tolist() for k in self._kappa(step, part.indices))
+        return f"t = {t}, kappa = {kappa}, kappa_lora = {kappa_lora}, prompts = {part.prompts}"
+
+
+def _parts(config: Config) -> list[range]:
+    """This rank's share of the global batch, split for accumulation."""
+    return parallel.micro_batches(parallel.slice_of(config.run.batch), config.run.accumulate)
+
+
+def _with_last(parts: Sequence[Part]) -> Iterator[tuple[Part, bool]]:
+    return ((part, i == len(parts) - 1) for i, part in enumerate(parts))
+
+
+def _mean_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {key: torch.stack([row[key].float() for row in rows]).mean() for key in rows[0]}
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.ema.dtype]
+
+
+def _spread(net: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """Activation checkpointing and FSDP2 as the recipe says; in place."""
+    if config.parallel.checkpointing:
+        parallel.checkpoint_blocks(net.blocks())
+    return parallel.shard(
+        net,
+        net.blocks(),
+        policy=config.parallel.shard,
+        dtype=config.run.dtype,
+        device=device,
+    )
+
+
+def _averaged(
+    spec: zoo.ModelSpec, part: str, net: nn.Module, average: EMA, config: Config
+) -> nn.Module | None:
+    """A whole network with the averaged weights (the plain ones without an average), on rank 0."""
+    use = average.average if config.ema.decay else {}
+    state = parallel.gather_full({**net.state_dict(), **use})
+    if not parallel.is_main():
+        return None
+    whole = zoo.build(spec, part)
+    whole.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
+    return whole.requires_grad_(False)
