@@ -70,6 +70,7 @@ class BuildOps(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         try:
+            import torch
             from torch.utils import cpp_extension
         except ImportError:
             sys.exit(
@@ -77,7 +78,8 @@ class BuildOps(build_ext):
                 "pip install --no-build-isolation -e ."
             )
         cxx = compiler().split()
-        temp = Path(self.build_temp).resolve() / ext.name
+        # Objects of another torch are no use: their headers differ.
+        temp = Path(self.build_temp).resolve() / f"{ext.name}-torch-{torch.__version__}"
         temp.mkdir(parents=True, exist_ok=True)
         includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
         jobs = list(compile_jobs(cxx, temp, includes))
@@ -128,8 +130,9 @@ def link_flags() -> list[str]:
     return [*flags, *([] if sys.platform == "darwin" else ["-fopenmp", "-Wl,--no-undefined"])]
 
 
+os.chdir(ROOT)  # setuptools reads pyproject.toml and copies in-place builds from there
 setup(
     ext_modules=[] if build_mode() == "none" else [Extension("snoopi._cpu", sources=[])],
     cmdclass={"build_ext": BuildOps},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

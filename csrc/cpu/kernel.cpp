@@ -70,7 +70,7 @@ struct Scratch {
   Acc* rows;             // [tile, d rounded up to a vector]: a tile as it lies in memory
   Acc* q;                // [d rounded up, tile]: transposed
   Acc* z;                // [d rounded up, tile]: transposed
-  Acc* p;                // [n, tile]: logits, then exponentials
+  Acc* p;                // [n, tile]: products with the keys, then exponentials
   Acc* max;              // [tile]
   Acc* sum;              // [tile]
   Acc* weight;           // [tile]
@@ -107,8 +107,8 @@ int64_t lay_out(const Attention& call, char* memory, Scratch<Acc>* scratch) {
   return used;
 }
 
-// Copies the live keys and values of one head. Keys carry the softmax scale and the change to base
-// two, so that the logits come out ready for exp2.
+// Copies the live keys and values of one head. With a negative softmax scale the keys are negated,
+// so that the largest product is the largest logit.
 template <typename T, typename Acc>
 void pack_text(const Attention& call, const Task& task, int t, Scratch<Acc>* scratch) {
   const Text& text = call.texts[t];
@@ -126,7 +126,7 @@ void pack_text(const Attention& call, const Task& task, int t, Scratch<Acc>* scr
   if (live == 0) return;
 
   const int64_t d = call.d, block = block_size(live);
-  const Acc scale = static_cast<Acc>(call.softmax_scale * kLog2E);
+  const Acc sign = call.softmax_scale < 0 ? -1 : 1;
   int64_t at = 0;
   for (int64_t j = 0; j < text.n; ++j) {
     if (mask != nullptr && !mask[j]) continue;
@@ -136,14 +136,14 @@ void pack_text(const Attention& call, const Task& task, int t, Scratch<Acc>* scr
     const T* v_row = v + j * text.v_stride[1];
     Acc* k_to = scratch->k[t] + first * d + (at - first);
     Acc* v_to = scratch->v[t] + at * d;
-    for (int64_t i = 0; i < d; ++i) k_to[i * width] = scale * widen(k_row[i]);
+    for (int64_t i = 0; i < d; ++i) k_to[i * width] = sign * widen(k_row[i]);
     for (int64_t i = 0; i < d; ++i) v_to[i] = widen(v_row[i]);
     ++at;
   }
 }
 
-// kLogits: stores x and keeps the running maximum. kFirst, kMore: z = weight x, z += weight x.
-enum class After { kLogits, kFirst, kMore };
+// kMax: stores x and keeps the running maximum. kFirst, kMore: z = weight x, z += weight x.
+enum class After { kMax, kFirst, kMore };
 
 // x[j][rows] = sum over i of b[i][j] a[i][rows], for kBlock columns j and kVectors vectors of rows.
 // Every element is one chain of multiply-adds over i, so it does not depend on the blocking.
@@ -169,7 +169,7 @@ void product(const Acc* a, const Acc* b, int64_t b_stride, int64_t depth, Acc* t
 #pragma GCC unroll 12
     for (int j = 0; j < kBlock; ++j) {
       Acc* z = to + j * kTile + r * W;
-      if constexpr (kAfter == After::kLogits) {
+      if constexpr (kAfter == After::kMax) {
         row = greater(x[j][r], row);
         store(z, x[j][r]);
       } else if constexpr (kAfter == After::kFirst) {
@@ -178,7 +178,7 @@ void product(const Acc* a, const Acc* b, int64_t b_stride, int64_t depth, Acc* t
         store(z, load(z) + row * x[j][r]);
       }
     }
-    if constexpr (kAfter == After::kLogits) store(by_row + r * W, row);
+    if constexpr (kAfter == After::kMax) store(by_row + r * W, row);
   }
 }
 
@@ -193,26 +193,28 @@ void product_of(int64_t block, const Acc* a, const Acc* b, int64_t b_stride, int
   }
 }
 
-// Logits of a tile against one text, then exp2(logit - max) and its sum, row by row in the lanes.
+// Products of a tile with one text's keys, then exp(scale (product - max)) and its sum. Scaling
+// after the subtraction keeps the error of large logits that of the product alone.
 template <typename Acc, int kVectors>
 void exponentials(const Attention& call, const Scratch<Acc>& scratch, int t) {
   constexpr int W = kWidth<Acc>;
   constexpr int64_t kTile = kTileRows<Acc>;
   const int64_t n = scratch.n[t], d = call.d, block = block_size(n);
+  const Acc scale = static_cast<Acc>(__builtin_fabs(call.softmax_scale) * kLog2E);
   for (int r = 0; r < kVectors; ++r) {
     store(scratch.max + r * W, splat(static_cast<Acc>(-__builtin_inf())));
   }
   for (int64_t first = 0; first < n; first += block) {
     const int64_t width = n - first < block ? n - first : block;
-    product_of<Acc, After::kLogits, kVectors>(width, scratch.q, scratch.k[t] + first * d, width, d,
-                                              scratch.p + first * kTile, scratch.max);
+    product_of<Acc, After::kMax, kVectors>(width, scratch.q, scratch.k[t] + first * d, width, d,
+                                           scratch.p + first * kTile, scratch.max);
   }
   for (int r = 0; r < kVectors; ++r) {
     const Vec<Acc> max = load(scratch.max + r * W);
     Vec<Acc> sum = {};
     Acc* p = scratch.p + r * W;
     for (int64_t j = 0; j < n; ++j) {
-      const Vec<Acc> x = exp2_nonpositive(load(p + j * kTile) - max);
+      const Vec<Acc> x = exp2_nonpositive((load(p + j * kTile) - max) * scale);
       sum += x;
       store(p + j * kTile, x);
     }
@@ -297,9 +299,9 @@ void store_lse(const Attention& call, const Task& task, int t, int64_t m, int64_
                const Scratch<Acc>& scratch) {
   Acc* lse = static_cast<Acc*>(call.lse[t]) + (task.b * call.m + m) * call.h + task.h;
   for (int64_t r = 0; r < count; ++r) {
-    const Acc base2 = scratch.n[t] == 0 ? static_cast<Acc>(-__builtin_inf())
-                                        : scratch.max[r] + log2_of(scratch.sum[r]);
-    lse[r * call.h] = static_cast<Acc>(kLn2) * base2;
+    const Acc largest = scratch.max[r] * static_cast<Acc>(__builtin_fabs(call.softmax_scale));
+    const Acc sum = static_cast<Acc>(kLn2) * log2_of(scratch.sum[r]);
+    lse[r * call.h] = scratch.n[t] == 0 ? static_cast<Acc>(-__builtin_inf()) : largest + sum;
   }
 }
 
