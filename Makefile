@@ -23,8 +23,8 @@ help: ## Show this list
 	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) RECIPE=name or file.toml ARGS='section.key=value ...' PYTEST='$(PYTEST)'"
 
 quickstart: build ## Install, build, train the small world and write its report
-	@echo "==> Train: torchrun -m snoopi.train $(RECIPE) $(ARGS)"
-	@$(BIN)/torchrun -m snoopi.train $(RECIPE) $(ARGS)
+	@echo "==> Train: torchrun -m snoopi.train $(RECIPE) $(ARGS) --resume"
+	@$(BIN)/torchrun -m snoopi.train $(RECIPE) $(ARGS) --resume
 
 quickstart-60s: build ## The same, tiny: checks that everything works together
 	@echo "==> Train: torchrun -m snoopi.train debug --out runs/ci $(ARGS)"
@@ -81,9 +81,9 @@ $(STAMPS)/test $(STAMPS)/parity $(STAMPS)/dev: $(STAMPS)/%: requirements/%.txt $
 $(STAMPS)/parity: requirements/test.txt
 
 $(STAMPS)/build: setup.py pyproject.toml $(NATIVE) $(STAMPS)/run
-	@test "$$SNOOPI_BUILD" = none || command -v "$${CXX:-c++}" >/dev/null || { \
-	  echo "error: the C++ compiler '$${CXX:-c++}' was not found; install one (Debian and Ubuntu: g++) or set CXX," >&2; \
-	  echo "       or build without the fused op (slower): SNOOPI_BUILD=none make build" >&2; exit 1; }
+	@[ "$$SNOOPI_BUILD" = none ] || for c in $${CXX:-c++ g++ clang++}; do command -v $$c && break; done | grep -q . || { \
+	  echo "error: no C++ compiler found ($${CXX:-c++, g++, clang++}); install one (Debian and Ubuntu: g++) or set CXX," >&2; \
+	  echo "       or build without the fused op: make build SNOOPI_BUILD=none" >&2; exit 1; }
 	@echo "==> Build: the op and an editable install (about a minute)"
 	@$(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@

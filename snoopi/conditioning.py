@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from snoopi.guidance import NASA, Guidance
+
+
+class TextKV(NamedTuple):
+    """K/V of a text, its negative and its null text for every cross-attention.
+
+    sources: the tokens they were made from; layers: ((k, v) or None for each of the three, ...).
+    """
+
+    sources: tuple[Tensor | None, ...]
+    layers: tuple[tuple[tuple[Tensor, Tensor] | None, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Conditioning:
     nasa_scale: float | Tensor | None = field(default=None, kw_only=True)
     region: Tensor | None = field(default=None, kw_only=True)
     guidance_embed: Tensor | None = field(default=None, kw_only=True)
-    kv: tuple[Any, ...] | None = field(default=None, kw_only=True)
+    kv: TextKV | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 3:
@@ -55,6 +65,10 @@ class Conditioning:
             raise ValueError(f"{type(self.guidance).__name__} with centred=True needs `null`")
         for name in ("negative", "null"):
             self._check_text(name, getattr(self, name))
+        if self.kv is not None:
+            pairs = zip(self.kv.sources, self.sources(), strict=True)
+            if any(made is not now for made, now in pairs):
+                raise ValueError("kv was made from other texts: call text_kv again")
 
     def _check_text(self, name: str, text: Conditioning | None) -> None:
         if text is None:
@@ -68,6 +82,11 @@ class Conditioning:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
+    def sources(self) -> tuple[Tensor | None, ...]:
+        """The tokens of the text, its negative and its null text."""
+        texts = (self, self.negative, self.null)
+        return tuple(None if text is None else text.tokens for text in texts)
+
     @property
     def width(self) -> int:
         """Width of the text features, k."""
@@ -80,7 +99,9 @@ class Conditioning:
     def map(self, f: Callable[[Tensor], Tensor]) -> Conditioning:
         """f applied to every tensor of the text (tokens, mask, pooled, sizes, embeddings)."""
         names = ("mask", "pooled", "size_ids", "guidance_embed")
-        values = {n: None if getattr(self, n) is None else f(getattr(self, n)) for n in names}
+        values: dict[str, Any] = {
+            n: None if getattr(self, n) is None else f(getattr(self, n)) for n in names
+        }
         return Conditioning(f(self.tokens), **values)
 
     def expand(self, batch: int) -> Conditioning:
@@ -106,4 +127,5 @@ def concat(parts: Sequence[Conditioning]) -> Conditioning:
     if any(part.negative is not None or part.guidance is not None for part in parts):
         raise ValueError("cannot stack conditionings that carry a negative")
     names = ("mask", "pooled", "size_ids", "guidance_embed")
-    return Conditioning(torch.cat([p.tokens for p in parts]), **{n: join(n) for n in names})
+    values: dict[str, Any] = {name: join(name) for name in names}
+    return Conditioning(torch.cat([part.tokens for part in parts]), **values)

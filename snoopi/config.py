@@ -67,7 +67,10 @@ def _key(
 class Model:
     """Which networks a run starts from."""
 
-    preset: str = _key("shapes", "zoo preset to build from scratch (method denoise)")
+    preset: str = _key("shapes", "zoo preset to build from scratch (not method vsd)")
+    vae: str = _key(
+        "", "model folder, or name of the recipe that trains the VAE (method denoise); '': none"
+    )
     teacher: str = _key(
         "", "model folder, or name of the recipe that trains the teacher (method vsd)"
     )
@@ -156,6 +159,14 @@ class Denoise:
 
 
 @dataclass(frozen=True)
+class Autoencode:
+    """Training of a VAE on pictures."""
+
+    l1: float = _key(0.1, "weight of the absolute error beside the squared error", low=0)
+    kl: float = _key(1e-3, "weight of the KL divergence, a mean over latent values", low=0)
+
+
+@dataclass(frozen=True)
 class Optim:
     """One AdamW."""
 
@@ -197,7 +208,9 @@ class Parallel:
 class Run:
     """The loop."""
 
-    method: Literal["vsd", "denoise"] = _key("vsd", "distil a student, or train a teacher")
+    method: Literal["vsd", "denoise", "autoencode"] = _key(
+        "vsd", "distil a student, train a teacher, or train a VAE"
+    )
     steps: int = _key(1000, "updates of the trained network", low=1)
     batch: int = _key(32, "pictures of one update over all ranks", low=1)
     accumulate: int = _key(1, "parts into which each rank's share of the batch is split", low=1)
@@ -234,6 +247,7 @@ class Config:
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     denoise: Denoise = field(default_factory=Denoise)
+    autoencode: Autoencode = field(default_factory=Autoencode)
     kappa: Kappa = field(default_factory=Kappa)
     vsd: Vsd = field(default_factory=Vsd)
     lora: Lora = field(default_factory=Lora)
@@ -243,10 +257,12 @@ class Config:
     evaluate: Evaluate = field(default_factory=Evaluate)
 
 
+_DISTIL = ("kappa", "vsd", "lora", "optim.lora", "model.teacher", "model.student_init")
 # Sections and keys that a method does not read. Setting one is an error: it would change nothing.
 _UNREAD: dict[str, tuple[str, ...]] = {
-    "vsd": ("denoise", "model.preset"),
-    "denoise": ("kappa", "vsd", "lora", "optim.lora", "model.teacher", "model.student_init"),
+    "vsd": ("denoise", "autoencode", "model.preset", "model.vae"),
+    "denoise": (*_DISTIL, "autoencode"),
+    "autoencode": (*_DISTIL, "denoise", "model.vae", "data.null", "data.dropout"),
 }
 
 

@@ -6,9 +6,11 @@ student is measured beside its teacher on held-out prompts, with and without neg
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,35 +48,156 @@ BASELINES: dict[str, tuple[float, ...]] = {
 
 
 class Observer:
-    """Looks at the model during a run: held-out figures for metrics.jsonl, and a sample grid."""
+    """Looks at a model during a run, and measures it at the end. This one: of a VAE."""
 
-    def __init__(self, config: Config, out: Path, teacher: Path | None) -> None:
-        self.config, self.out, self.multi_step = config, out, teacher is None
-        self._ruler: Ruler | None = None
-
-    @property
-    def ruler(self) -> Ruler:
-        """The held-out prompts and their real pictures; made at the first look."""
-        if self._ruler is None:
-            judge = Judge.load()
-            self._ruler = Ruler(
-                ShapesWorld(), judge, self.config.evaluate.prompts, EVALUATION_SEED
-            )
-        return self._ruler
+    def __init__(self, config: Config, out: Path) -> None:
+        self.config, self.out, self.world = config, out, ShapesWorld()
 
     def look(self, pipeline: Pipeline | None, step: int) -> dict[str, float]:
-        """Figures of the model after `step`; writes samples/step-NNNNNN.png. None: not rank 0."""
+        """Held-out figures for metrics.jsonl, and a sample grid. None: not rank 0."""
         if pipeline is None or not self.config.evaluate.prompts:
             return {}
-        draw = drawer(pipeline, 1, 1.0)
-        chosen = pick(self.ruler.prompts, 2 * GRID)
-        pictures = draw([self.ruler.prompts[i] for i in chosen], chosen)
+        pictures, back = self._reconstruct(pipeline)
+        self.save(torch.cat([pictures[:GRID], back[:GRID]]), step)
+        return {"psnr": psnr(back, pictures)}
+
+    def finish(self, model: Path, source: Path | None, seconds: dict[str, float]) -> None:
+        """Measure the finished model and write the report."""
+        pictures, back = self._reconstruct(load(model))
+        image = grid(
+            torch.cat([pictures[:GRID], back[:GRID]]), GRID, row_titles=["picture", "decoded"]
+        )
+        figure = Figure("Pictures and their reconstructions", image, "Held-out pictures.")
+        summary = {"psnr": psnr(back, pictures), "seconds": seconds}
+        self.write([figure], summary, {}, [])
+
+    @torch.no_grad()
+    def _reconstruct(self, pipeline: Pipeline) -> tuple[Tensor, Tensor]:
+        """Pictures that training never sees, and what the VAE makes of them."""
+        vae, count = pipeline.vae, self.config.evaluate.prompts
+        assert vae is not None
+        pictures = self.world.batch(Noise(EVALUATION_SEED), 0, range(count)).pictures
+        rows = [vae.decode(vae.encode(x)) for x in pictures.split(self.config.evaluate.batch)]
+        return pictures, torch.cat(rows).clamp(-1, 1)
+
+    def save(self, pictures: Tensor, step: int) -> None:
+        """Write a sample grid."""
         save_png(grid(pictures, GRID), self.out / "samples" / f"step-{step:06d}.png")
-        if self.multi_step:  # one step of a teacher tells little, and many are dear
+
+    def write(
+        self,
+        figures: list[Figure],
+        summary: dict[str, Any],
+        removal: dict[str, Any],
+        table: list[dict[str, Any]],
+    ) -> None:
+        """report.html, summary.json, the figures' PNG files, and the same in the terminal."""
+        report = Report(
+            title=f"snoopi: {self.out.name}",
+            summary=summary,
+            recipe_toml=recipes.to_toml(self.config),
+            rows=read(self.out / "metrics.jsonl"),
+            grids=figures,
+            removal=removal,
+            guidance_table=table,
+            provenance=_machine(self.config),
+        )
+        path = write_report(self.out, report)
+        print_report(report)
+        print(f"\nwrote {path}, {self.out / 'summary.json'}, {self.out / 'model'}", flush=True)
+
+
+class TeacherObserver(Observer):
+    """A multi-step model: looked at in one step (many are dear), measured in many at the end."""
+
+    @cached_property
+    def ruler(self) -> Ruler:
+        """The held-out prompts and their real pictures; made at the first look."""
+        return Ruler(self.world, Judge.load(), self.config.evaluate.prompts, EVALUATION_SEED)
+
+    def look(self, pipeline: Pipeline | None, step: int) -> dict[str, float]:
+        """A sample grid in one step, no figures."""
+        if pipeline is not None and self.config.evaluate.prompts:
+            chosen = pick(self.ruler.prompts, 2 * GRID)
+            self.save(
+                drawer(pipeline, 1, 1.0)([self.ruler.prompts[i] for i in chosen], chosen), step
+            )
+        return {}
+
+    def finish(self, model: Path, source: Path | None, seconds: dict[str, float]) -> None:
+        """The teacher in one step and in many."""
+        if not self.config.evaluate.prompts:
+            print(f"wrote {model}", flush=True)
+            return
+        started, pipeline = time.monotonic(), load(model)
+        qualities, pictures = self.measure(self.teacher_drawers(pipeline))
+        seconds = {**seconds, "quality": time.monotonic() - started}
+        figure = _comparison(self.config, self.ruler, pictures)
+        self.write([figure], {**_summary(qualities), "seconds": seconds}, {}, [])
+
+    def teacher_drawers(self, teacher: Pipeline) -> dict[str, Draw]:
+        """The teacher in many steps under guidance, and in one without."""
+        many = self.config.evaluate
+        return {
+            "teacher_25": drawer(teacher, many.teacher_steps, many.teacher_kappa),
+            "teacher_1": drawer(teacher, 1, 1.0),
+        }
+
+    def measure(self, drawers: dict[str, Draw]) -> tuple[dict[str, Quality], dict[str, Tensor]]:
+        """Quality of each generator on all prompts, and its pictures of the grid's prompts."""
+        batch = self.config.evaluate.batch
+        drawn = {name: self.ruler.draw(draw, batch) for name, draw in drawers.items()}
+        chosen = pick(self.ruler.prompts, 2 * GRID)
+        qualities = {name: self.ruler.judge_pictures(x) for name, x in drawn.items()}
+        return qualities, {name: x[chosen] for name, x in drawn.items()}
+
+
+class StudentObserver(TeacherObserver):
+    """A one-step model, measured beside its teacher and under negative prompts."""
+
+    def look(self, pipeline: Pipeline | None, step: int) -> dict[str, float]:
+        """A sample grid, and the student's quality on all held-out prompts."""
+        super().look(pipeline, step)
+        if pipeline is None or not self.config.evaluate.prompts:
             return {}
-        q = self.ruler.measure(draw, self.config.evaluate.batch)
+        quality = self.ruler.measure(drawer(pipeline, 1, 1.0), self.config.evaluate.batch)
         names = ("all_right", "frechet", "precision", "recall")
-        return {name: getattr(q, name) for name in names}
+        return {name: getattr(quality, name) for name in names}
+
+    def finish(self, model: Path, source: Path | None, seconds: dict[str, float]) -> None:
+        """The student beside its teacher; NASA and its baselines under negative prompts."""
+        assert source is not None
+        many = self.config.evaluate
+        if not many.prompts:
+            print(f"wrote {model}", flush=True)
+            return
+        started, student = time.monotonic(), load(model)
+        drawers = self.teacher_drawers(load(source)) | {"student": drawer(student, 1, 1.0)}
+        qualities, pictures = self.measure(drawers)
+        seconds = {**seconds, "quality": time.monotonic() - started}
+        figures = [_comparison(self.config, self.ruler, pictures)]
+        summary, removal = _summary(qualities), {}
+        table: list[dict[str, Any]] = []
+        if many.removal:
+            started = time.monotonic()
+            choice, result, table = _negatives(self.config, student)
+            summary |= {"nasa_scale": choice.scale, "nasa_scale_within_bound": choice.met}
+            removal = result.to_dict()
+            figures.append(_strip(student, many.scales))
+            seconds["negatives"] = time.monotonic() - started
+        self.write(figures, {**summary, "seconds": seconds}, removal, table)
+
+
+OBSERVERS: dict[str, type[Observer]] = {
+    "autoencode": Observer,
+    "denoise": TeacherObserver,
+    "vsd": StudentObserver,
+}
+
+
+def psnr(pictures: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
+    return 10 * math.log10(4 / (pictures - reference).square().mean().item())
 
 
 def drawer(pipeline: Pipeline, steps: int, kappa: float) -> Draw:
@@ -91,9 +214,7 @@ def guided_drawer(pipeline: Pipeline, mode: str, seed: int) -> Callable[[float],
     """Pictures of prompts with negatives, by strength, as evaluate.removal asks for them."""
 
     def at(scale: float) -> Generate:
-        def generate(
-            prompts: list[str], negatives: list[str] | None, indices: list[int]
-        ) -> Tensor:
+        def generate(prompts: list[str], negatives: list[str] | None, indices: list[int]) -> Tensor:
             z = pipeline.noise(seed, indices)
             if negatives is None:
                 return pipeline.pictures(prompts, z, guidance="none")
@@ -102,71 +223,6 @@ def guided_drawer(pipeline: Pipeline, mode: str, seed: int) -> Callable[[float],
         return generate
 
     return at
-
-
-def finish_student(
-    config: Config,
-    out: Path,
-    model: Path,
-    teacher: Path | None,
-    observer: Observer,
-    seconds: dict[str, float],
-) -> None:
-    """Measure a student beside its teacher; write report.html, summary.json and the samples."""
-    assert teacher is not None
-    started, ruler, student = time.monotonic(), observer.ruler, load(model)
-    many, parent = config.evaluate, load(teacher)
-    rows = {
-        "student": _measure(ruler, drawer(student, 1, 1.0), many.batch),
-        "teacher_1": _measure(ruler, drawer(parent, 1, 1.0), many.batch),
-        "teacher_25": _measure(
-            ruler, drawer(parent, many.teacher_steps, many.teacher_kappa), many.batch
-        ),
-    }
-    seconds = {**seconds, "quality": time.monotonic() - started}
-    qualities = {name: quality for name, (quality, _) in rows.items()}
-    figures = [_comparison(config, ruler, {k: p for k, (_, p) in rows.items()})]
-    summary = _summary(qualities)
-    report, table = {}, []
-    if many.removal:
-        started = time.monotonic()
-        choice, result, table = _negatives(config, student)
-        summary |= {"nasa_scale": choice.scale, "nasa_scale_within_bound": choice.met}
-        report = result.to_dict()
-        figures.append(_strip(student, ruler.world, many.scales))
-        seconds["negatives"] = time.monotonic() - started
-    _write(config, out, figures, {**summary, "seconds": seconds}, report, table)
-
-
-def finish_teacher(
-    config: Config,
-    out: Path,
-    model: Path,
-    teacher: Path | None,
-    observer: Observer,
-    seconds: dict[str, float],
-) -> None:
-    """Measure a teacher with its own sampler; write the same kind of report."""
-    if not config.evaluate.prompts:
-        print(f"{model}: written", flush=True)
-        return
-    started, many, pipeline = time.monotonic(), config.evaluate, load(model)
-    ruler = observer.ruler
-    drawers = {
-        "teacher_1": drawer(pipeline, 1, 1.0),
-        "teacher_25": drawer(pipeline, many.teacher_steps, many.teacher_kappa),
-    }
-    rows = {name: _measure(ruler, draw, many.batch) for name, draw in drawers.items()}
-    figure = _comparison(config, ruler, {k: p for k, (_, p) in rows.items()})
-    summary = _summary({name: quality for name, (quality, _) in rows.items()})
-    seconds = {**seconds, "quality": time.monotonic() - started}
-    _write(config, out, [figure], {**summary, "seconds": seconds}, {}, [])
-
-
-def _measure(ruler: Ruler, draw: Draw, batch: int) -> tuple[Quality, Tensor]:
-    """Quality on all prompts, and the pictures of the grid's prompts."""
-    pictures = ruler.draw(draw, batch)
-    return ruler.judge_pictures(pictures), pictures[pick(ruler.prompts, 2 * GRID)]
 
 
 def _summary(qualities: dict[str, Quality]) -> dict[str, Any]:
@@ -244,7 +300,7 @@ def _comparison(config: Config, ruler: Ruler, pictures: dict[str, Tensor]) -> Fi
     return Figure("Same prompts, same noise", image, caption, alt)
 
 
-def _strip(student: Pipeline, world: ShapesWorld, scales: tuple[float, ...]) -> Figure:
+def _strip(student: Pipeline, scales: tuple[float, ...]) -> Figure:
     """One seed under growing NASA strength, plain and null-centred."""
     prompt, negative = "a large solid shape on a white background", "red"
     values = (0.0, *scales)
@@ -260,29 +316,6 @@ def _strip(student: Pipeline, world: ShapesWorld, scales: tuple[float, ...]) -> 
     caption = f'"{prompt}", negative prompt "{negative}", strength from left to right.'
     alt = "A strip of pictures under growing strength of the negative prompt"
     return Figure("Strength of a negative prompt", image, caption, alt, section="control")
-
-
-def _write(
-    config: Config,
-    out: Path,
-    figures: list[Figure],
-    summary: dict[str, Any],
-    removal: dict[str, Any],
-    table: list[dict[str, Any]],
-) -> None:
-    report = Report(
-        title=f"snoopi: {out.name}",
-        summary=summary,
-        recipe_toml=recipes.to_toml(config),
-        rows=read(out / "metrics.jsonl"),
-        grids=figures,
-        removal=removal,
-        guidance_table=table,
-        provenance=_machine(config),
-    )
-    path = write_report(out, report)
-    print_report(report)
-    print(f"\nwrote {path}, {out / 'summary.json'}, {out / 'model'}", flush=True)
 
 
 def _machine(config: Config) -> dict[str, Any]:

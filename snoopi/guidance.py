@@ -82,14 +82,17 @@ class NAG:
         lse_neg: Tensor | None,
         z_null: Tensor | None = None,
     ) -> Tensor:
-        """z [b m h d] of one layer."""
+        """z [b m h d] of one layer; z_pos where there is no negative key (lse- = -inf)."""
         z = z_pos + _per_query(self.phi) * (z_pos - z_neg)
         norm_pos = z_pos.float().flatten(-2).norm(p=self.norm_p, dim=-1)  # [b m]
         norm = z.float().flatten(-2).norm(p=self.norm_p, dim=-1)  # [b m]
         # min(R, tau) / R without dividing by R = norm / norm_pos, which is 0/0 on a masked row.
         shrink = torch.where(norm > self.tau * norm_pos, self.tau * norm_pos / norm, 1.0)
         z = z * shrink[..., None, None].to(z.dtype)
-        return self.blend * z + (1 - self.blend) * z_pos
+        z = self.blend * z + (1 - self.blend) * z_pos
+        if lse_neg is None:
+            return z
+        return torch.where((lse_neg == -torch.inf)[..., None], z_pos.to(z.dtype), z)
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class VSF:
         lse_neg: Tensor | None,
         z_null: Tensor | None = None,
     ) -> Tensor:
-        """z [b m h d] of one layer; needs both lse [b m h]. No negative key (lse- = -inf): W = 1."""
+        """z [b m h d] of one layer; needs both lse [b m h]. Without a negative key W = 1."""
         if lse_pos is None or lse_neg is None:
             raise ValueError("VSF needs the log-sum-exp of both attentions")
         w = torch.sigmoid(lse_pos - lse_neg + self.bias)

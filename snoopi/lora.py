@@ -27,7 +27,6 @@ class _Adapter(nn.Module):
 
     lora_a: nn.Parameter
     lora_b: nn.Parameter
-    weight: nn.Parameter
     multiplier: float
     first_row: int
 
@@ -38,7 +37,10 @@ class _Adapter(nn.Module):
         """base + multiplier B A x on rows >= first_row; the rows before are base untouched."""
         if self.first_row == 0:
             return base + self.multiplier * self._delta(x)
-        if self.first_row >= x.shape[0]:
+        if self.first_row > x.shape[0]:
+            # One row that is broadcast later would belong to both sides of the gate.
+            raise ValueError(f"lora.rows from row {self.first_row}, but an input has {len(x)} rows")
+        if self.first_row == x.shape[0]:
             return base
         delta = self.multiplier * self._delta(x[self.first_row :])
         return torch.cat([base[: self.first_row], base[self.first_row :] + delta])
@@ -46,7 +48,10 @@ class _Adapter(nn.Module):
     def delta_weight(self) -> Tensor:
         """multiplier B A in the shape of the base weight, fp32."""
         b, a = self.lora_b.float().flatten(1), self.lora_a.float().flatten(1)
-        return self.multiplier * (b @ a).view(self.weight.shape)
+        return self.multiplier * (b @ a).view(self._base().shape)
+
+    def _base(self) -> nn.Parameter:
+        return self.get_parameter("weight")
 
 
 class LoRALinear(_Adapter, nn.Linear):
@@ -104,7 +109,7 @@ def _matches(name: str, target: str) -> bool:
 
 def _adopt(layer: nn.Module, name: str, rank: int, multiplier: float, noise: Noise) -> None:
     """Turn a layer into its LoRA class in place, so that names, hooks and parents stay."""
-    weight = layer.weight
+    weight: nn.Parameter = layer.weight  # type: ignore[assignment]
     if isinstance(layer, nn.Conv2d):
         if layer.groups != 1 or layer.padding_mode != "zeros":
             raise ValueError(f"LoRA on {name}: only plain zero-padded convolutions are supported")
@@ -118,7 +123,7 @@ def _adopt(layer: nn.Module, name: str, rank: int, multiplier: float, noise: Noi
     init = noise.uniform(f"init {name}", 0, [0], -bound, bound, shape_a)[0]
     layer.lora_a = nn.Parameter(init.to(weight.device, torch.float32))
     layer.lora_b = nn.Parameter(torch.zeros(shape_b, device=weight.device))
-    layer.multiplier, layer.first_row = multiplier, 0
+    vars(layer).update(multiplier=multiplier, first_row=0)
 
 
 def adapters(net: nn.Module) -> dict[str, _Adapter]:
@@ -158,7 +163,7 @@ def rows(net: nn.Module, first_row: int) -> Iterator[None]:
 @torch.no_grad()
 def merge(net: nn.Module) -> None:
     """Add every adapter to its base weight and remove it: W + (gamma / rank) B A."""
-    _remove(net, lambda layer: layer.weight.add_(layer.delta_weight().to(layer.weight.dtype)))
+    _remove(net, lambda layer: layer._base().add_(layer.delta_weight().to(layer._base().dtype)))
 
 
 @torch.no_grad()

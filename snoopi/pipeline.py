@@ -1,7 +1,7 @@
 """Model folders, and prompts to pictures.
 
-A model folder holds snoopi.json (the ModelSpec and provenance), one safetensors file per network and
-a tokenizer per text encoder. Partial folders are fine: what is absent is None, and calling the
+A model folder holds snoopi.json (the ModelSpec and provenance), one safetensors file per network
+and a tokenizer per text encoder. Partial folders are fine: what is absent is None, and calling the
 pipeline says what is missing.
 """
 
@@ -31,6 +31,7 @@ from snoopi.tokenize import Tokenizer
 from snoopi.zoo import ModelSpec, build, text_part
 
 SPEC_FILE = "snoopi.json"
+SHIPPED = Path(__file__).parent / "shipped"  # model folders that come with the package
 FORMAT = 1
 
 # Attention guidances by their command-line name, from a strength.
@@ -54,14 +55,18 @@ STRENGTHS = {
 
 
 class Pipeline:
-    """Prompt -> tokenizer -> text encoder -> backbone -> VAE -> picture."""
+    """Prompt -> tokenizer -> text encoder -> backbone -> VAE -> picture.
+
+    backbone, vae, text_encoders, tokenizers: modules of snoopi.models (and Tokenizers), or None
+    where the model folder has none. spec: its ModelSpec.
+    """
 
     def __init__(
         self,
         spec: ModelSpec,
-        backbone: nn.Module | None = None,
-        vae: nn.Module | None = None,
-        text_encoders: Sequence[nn.Module | None] = (),
+        backbone: Any = None,
+        vae: Any = None,
+        text_encoders: Sequence[Any] = (),
         tokenizers: Sequence[Tokenizer | None] = (),
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
@@ -97,6 +102,8 @@ class Pipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if num < 1:
             raise ValueError(f"num must be at least 1, got {num}")
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
         negatives = _negatives(negative, len(prompts))
         prompts = [p for p in prompts for _ in range(num)]
         negatives = [n for n in negatives for _ in range(num)]
@@ -160,7 +167,12 @@ class Pipeline:
         return self._sample(cond, z, null, scale, steps)
 
     def _sample(
-        self, cond: Conditioning, z: Tensor, null: Conditioning | None, kappa: float, steps: int | None
+        self,
+        cond: Conditioning,
+        z: Tensor,
+        null: Conditioning | None,
+        kappa: float,
+        steps: int | None,
     ) -> Tensor:
         backbone, schedule, recipe = self.backbone, self.spec.schedule, self.spec.one_step
         assert backbone is not None
@@ -198,12 +210,12 @@ class Pipeline:
             used = torch.tensor([bool(n) for n in texts], device=cond.tokens.device)
             away = torch.where(used[:, None, None], neg.tokens, 0)
             return dataclasses.replace(cond, tokens=cond.tokens - scale * away)
-        if not all(texts):
-            used = torch.tensor([bool(n) for n in texts], device=cond.tokens.device)
-            mask = torch.ones(neg.tokens.shape[:2], dtype=torch.bool) if neg.mask is None else neg.mask
-            neg = dataclasses.replace(neg, mask=mask.to(used.device) & used[:, None])
         how = GUIDANCES[guidance](scale)
         null = self.null() if how.needs_null else None
+        if not all(texts):
+            used = torch.tensor([bool(n) for n in texts], device=cond.tokens.device)
+            neg = _attend_where(neg, used)
+            null = None if null is None else _attend_where(null.expand(len(texts)), used)
         cond = dataclasses.replace(cond, negative=neg, null=null, guidance=how)
         assert self.backbone is not None
         return self.backbone.text_kv(cond)
@@ -220,7 +232,9 @@ class Pipeline:
             out = encoder(ids)
             features.append(getattr(out, text.output))
             pooled = out.pooled if text.pooled else pooled
-        return Conditioning(torch.cat(features, dim=-1), pooled=pooled, size_ids=self._sizes(len(ids)))
+        return Conditioning(
+            torch.cat(features, dim=-1), pooled=pooled, size_ids=self._sizes(len(ids))
+        )
 
     def _sizes(self, batch: int) -> Tensor | None:
         """SDXL's six size ids of an uncropped native picture, h before w."""
@@ -280,7 +294,9 @@ class Pipeline:
         for part, net in self._networks().items():
             if net is not None:
                 state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-                save_file(state, folder / f"{part}.safetensors")
+                path = folder / f"{part}.safetensors"
+                save_file(state, path)
+                path.chmod(0o644)  # safetensors makes it readable by its owner alone
         for i, tokenizer in enumerate(self.tokenizers):
             if tokenizer is not None:
                 (folder / _tokenizer_folder(i)).mkdir()
@@ -314,6 +330,17 @@ def load(
     texts = [parts[text_part(i)] for i in range(len(spec.text))]
     pipeline = Pipeline(spec, parts["backbone"], parts["vae"], texts, tokenizers, provenance)
     return pipeline.to(device)
+
+
+def shipped() -> list[str]:
+    """Names of the model folders that come with the package."""
+    folders = SHIPPED.iterdir() if SHIPPED.is_dir() else ()
+    return sorted(folder.name for folder in folders if (folder / SPEC_FILE).is_file())
+
+
+def shipped_or_path(name: str) -> Path:
+    """The folder of a shipped model by its name, else the name as a path."""
+    return SHIPPED / name if name in shipped() else Path(name)
 
 
 def read_spec(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
@@ -351,7 +378,9 @@ def load_weights(net: nn.Module, path: Path, dtype: torch.dtype | None = None) -
     ]
     if trouble:
         more = f"; and {len(trouble) - 5} more" if len(trouble) > 5 else ""
-        raise ValueError(f"{path} does not fit {type(net).__name__}: {'; '.join(trouble[:5])}{more}")
+        raise ValueError(
+            f"{path} does not fit {type(net).__name__}: {'; '.join(trouble[:5])}{more}"
+        )
     if dtype is not None:
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     net.load_state_dict(state, assign=True)
@@ -372,6 +401,14 @@ def _load_tokenizer(folder: Path, index: int) -> Tokenizer | None:
 
 def _tokenizer_folder(index: int) -> str:
     return "tokenizer" if index == 0 else f"tokenizer_{index + 1}"
+
+
+def _attend_where(text: Conditioning, used: Tensor) -> Conditioning:
+    """A text that the rows where used [b] is False attend to nowhere: for them it gives 0."""
+    mask = text.mask
+    if mask is None:
+        mask = torch.ones(text.tokens.shape[:2], dtype=torch.bool, device=used.device)
+    return dataclasses.replace(text, mask=mask & used[:, None])
 
 
 def _negatives(negative: str | Sequence[str] | None, count: int) -> list[str | None]:

@@ -7,7 +7,7 @@ guidance: those travel in the Conditioning.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -48,14 +48,17 @@ def guided(
     """The prediction under classifier-free guidance (Eq. 4; Eq. 5 with a negative prompt as null).
 
     Without `null` the conditional prediction alone. Both texts run as one batch where they can be
-    stacked (equal lengths, no attention guidance on the conditional side).
+    stacked (equal lengths, both masked or neither, no attention guidance on the conditional side).
     """
     if null is None:
         return backbone(x, t, cond)
     null = null.expand(len(x))
-    if cond.guidance is None and cond.kv is None and cond.tokens.shape == null.tokens.shape:
+    masks_agree = (cond.mask is None) == (null.mask is None)
+    stackable = masks_agree and cond.tokens.shape == null.tokens.shape
+    if stackable and cond.guidance is None and cond.kv is None:
         both = backbone(x.repeat(2, 1, 1, 1), t.repeat(2), concat([cond.plain(), null]))
-        return cfg(*both.chunk(2), kappa)
+        conditional, unconditional = both.chunk(2)
+        return cfg(conditional, unconditional, kappa)
     return cfg(backbone(x, t, cond), backbone(x, t, null), kappa)
 
 
@@ -65,8 +68,11 @@ def timesteps(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> 
     "trailing" starts at the last one (999, and 999 alone for one step); "leading" is Stable
     Diffusion's original, with offset 1.
     """
-    if not 1 <= steps <= schedule.steps:
-        raise ValueError(f"steps must be in 1..{schedule.steps}, got {steps}")
+    if spacing not in get_args(Spacing):
+        raise ValueError(f"spacing must be one of {get_args(Spacing)}, got {spacing!r}")
+    most = schedule.steps - (spacing == "leading")  # its offset of 1 must stay inside
+    if not 1 <= steps <= most:
+        raise ValueError(f"steps must be in 1..{most}, got {steps}")
     if spacing == "leading":
         ratio = schedule.steps // steps
         return [i * ratio + 1 for i in reversed(range(steps))]
@@ -98,10 +104,9 @@ def ddim(
         t = torch.full((len(x),), now, device=x.device)
         prediction = guided(backbone, x, t, cond, null, kappa)
         x0, eps = schedule.to_x0(prediction, x, t), schedule.to_eps(prediction, x, t)
-        if spacing == "leading":
-            after = now - stride
-        else:  # the grid itself, also where the stride is not whole
-            after = times[i + 1] if i + 1 < steps else -1
+        # "leading" steps by its stride; "trailing" by its grid, where the stride may not be whole.
+        grid_next = times[i + 1] if i + 1 < steps else -1
+        after = now - stride if spacing == "leading" else grid_next
         last = 1.0 if alpha_one else float(abar[0])
         abar_next = float(abar[after]) if after >= 0 else last
         x = abar_next**0.5 * x0 + (1 - abar_next) ** 0.5 * eps

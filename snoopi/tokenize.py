@@ -77,5 +77,3 @@ class Tokenizer:
         hf.enable_truncation(max_length)
         hf.enable_padding(length=max_length, pad_id=0, pad_token="<pad>")
         return cls(hf)
-
-

@@ -1,7 +1,7 @@
 """Train a teacher, or distil one into a one-step student (PG-SB).
 
-    torchrun [--nproc-per-node N] -m snoopi.train [RECIPE] [section.key=value ...]
-             [--out DIR] [--resume] [--print-config] [--dry-run]
+torchrun [--nproc-per-node N] -m snoopi.train [RECIPE] [section.key=value ...]
+         [--out DIR] [--resume] [--print-config] [--dry-run]
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 from snoopi import config as recipes
 from snoopi import parallel, runstate, zoo
 from snoopi.config import Config
-from snoopi.final import Observer, finish_student, finish_teacher
-from snoopi.pipeline import load
+from snoopi.final import OBSERVERS, Observer
+from snoopi.pipeline import load, shipped, shipped_or_path
 from snoopi.runlog import RunLog
-from snoopi.trainers import Distiller, TeacherTrainer, Trainer
+from snoopi.trainers import Distiller, TeacherTrainer, Trainer, VAETrainer
 
 DEFAULT = "pgsb_shapes_gap"
 
@@ -58,28 +58,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(config: Config, out: Path, device: torch.device, *, resume: bool = False) -> None:
     """One run from recipe to report, in the folder `out`; a missing teacher is trained first."""
+    method = config.run.method
+    source = _source(config, out, device, resume=resume)
     started = time.monotonic()
-    teacher = _teacher(config, out, device, resume=resume) if config.run.method == "vsd" else None
     with runstate.lock(out):
-        trainer: Trainer
-        if teacher is not None:
-            trainer = Distiller(config, device, load(teacher))
-        else:
-            trainer = TeacherTrainer(config, device)
+        trainer = _trainer(config, device, source)
         _say(f"{out}: {_what(config)}")
-        observer = Observer(config, out, teacher)
+        observer = OBSERVERS[method](config, out)
         fit(trainer, config, out, observer, resume=resume)
         pipeline = trainer.pipeline()
         if pipeline is None:
             return
-        pipeline.provenance = _provenance(config, out)
+        pipeline.provenance = _provenance(config, out, source)
         model = pipeline.save(out / "model")
-        seconds = {"training": time.monotonic() - started}
-        finish = finish_student if teacher is not None else finish_teacher
-        finish(config, out, model, teacher, observer, seconds)
+        observer.finish(model, source, {"training": time.monotonic() - started})
 
 
-def fit(trainer: Trainer, config: Config, out: Path, observer: Any, *, resume: bool) -> None:
+def _trainer(config: Config, device: torch.device, source: Path | None) -> Trainer:
+    """The trainer of run.method, from the model folder it starts with."""
+    if config.run.method == "autoencode":
+        return VAETrainer(config, device)
+    if config.run.method == "denoise":
+        return TeacherTrainer(config, device, load(source).vae if source else None)
+    assert source is not None
+    init = config.model.student_init
+    student = None if init == "teacher" else load(init)
+    return Distiller(config, device, load(source), student)
+
+
+def fit(trainer: Trainer, config: Config, out: Path, observer: Observer, *, resume: bool) -> None:
     """The loop: step, log, look, save; stops on a signal, or on a loss that is not finite."""
     steps, every = config.run.steps, config.evaluate.every
     first = _first_step(trainer, config, out, resume)
@@ -121,7 +128,9 @@ def _first_step(trainer: Trainer, config: Config, out: Path, resume: bool) -> in
     """The step to start from: that of the newest run state with --resume, else 0."""
     found = runstate.steps(out)
     if found and not resume:
-        raise ValueError(f"{out} holds a run up to step {found[-1]}: add --resume, or another --out")
+        raise ValueError(
+            f"{out} holds a run up to step {found[-1]}: add --resume, or another --out"
+        )
     if not found:
         if parallel.is_main():
             (out / "config.toml").write_text(recipes.to_toml(config), encoding="utf-8")
@@ -140,14 +149,20 @@ def _save(trainer: Trainer, config: Config, out: Path, done: int) -> None:
     runstate.save(out, done, trainer.state(), config=digest, keep=config.run.keep)
 
 
-def _teacher(config: Config, out: Path, device: torch.device, *, resume: bool) -> Path:
-    """The teacher's model folder; where a recipe is named, its run beside `out`, made if missing."""
-    name = config.model.teacher
-    if name not in recipes.recipes():
-        return Path(name)
+def _source(config: Config, out: Path, device: torch.device, *, resume: bool) -> Path | None:
+    """The model folder a run starts from: its teacher (vsd) or its VAE (denoise).
+
+    A folder is taken as it is. A name is that of a model shipped with the package, else of a recipe
+    whose run lies beside `out`; if there is none yet, it is trained first.
+    """
+    name = {"vsd": config.model.teacher, "denoise": config.model.vae}.get(config.run.method, "")
+    if not name:
+        return None
+    if name in shipped() or name not in recipes.recipes():
+        return shipped_or_path(name)
     folder = out.parent / name
     if not (folder / "model").is_dir():
-        _say(f"the teacher {folder / 'model'} is not there yet: training it first")
+        _say(f"{folder / 'model'} is not there yet: training it first")
         run(recipes.load(name), folder, device, resume=True)
         parallel.barrier()
     return folder / "model"
@@ -167,7 +182,7 @@ def _resolve(options: argparse.Namespace) -> tuple[Config, Path]:
 def _plan(config: Config, out: Path) -> str:
     """What a run would do, without doing it: recipe, parameter counts, steps."""
     lines = [recipes.to_toml(config), f"out: {out}"]
-    if config.run.method == "denoise":
+    if config.run.method != "vsd":
         spec = zoo.preset(config.model.preset)
         for part in spec.parts():
             count = sum(p.numel() for p in zoo.build(spec, part).parameters())
@@ -180,13 +195,19 @@ def _plan(config: Config, out: Path) -> str:
 
 def _what(config: Config) -> str:
     run = config.run
-    verb = "training a teacher" if run.method == "denoise" else "distilling a one-step student"
-    return f"{verb}: {run.steps} steps of {run.batch} pictures, {run.dtype}, seed {run.seed}"
+    verbs = {
+        "vsd": "distilling a one-step student",
+        "denoise": "training a teacher",
+        "autoencode": "training a VAE",
+    }
+    size = f"{run.steps} steps of {run.batch} pictures"
+    return f"{verbs[run.method]}: {size}, {run.dtype}, seed {run.seed}"
 
 
-def _provenance(config: Config, out: Path) -> dict[str, Any]:
+def _provenance(config: Config, out: Path, source: Path | None) -> dict[str, Any]:
     """Where a model folder comes from."""
     return {
+        "source": str(source) if source else "",
         "method": config.run.method,
         "recipe": out.name,
         "recipe_sha256": recipes.digest(config),

@@ -1,4 +1,4 @@
-"""The two kinds of run: a teacher learns a world by denoising; PG-SB distils it into one step.
+"""The kinds of run: a VAE and a teacher learn a world; PG-SB distils the teacher into one step.
 
 A trainer holds networks, optimizers and an average, and knows how to do step n; the loop around it
 (saving, logging, stopping) is train.py's. Every random number is keyed by (seed, stream, step,
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from snoopi import lora, parallel, zoo
 from snoopi.conditioning import Conditioning
 from snoopi.config import Config, Optim
+from snoopi.methods.autoencode import autoencoding_loss
 from snoopi.methods.denoise import denoising_loss, drop_text
 from snoopi.methods.ema import EMA
 from snoopi.methods.vsd import draw_kappa, surrogate, teacher_scores, vsd_gradient
+from snoopi.models.vae import PatchVAEConfig, VAEConfig
 from snoopi.noise import Noise
 from snoopi.pipeline import Pipeline
 from snoopi.runstate import OptimizerState, trainable
@@ -80,7 +82,7 @@ class Optimizer:
         self.state = OptimizerState(self.adamw, named)
 
     def update(self, step: int) -> float:
-        """One update from the gradients of this rank's share; returns their norm before clipping."""
+        """One update from this rank's gradients; returns their norm before clipping."""
         parallel.reduce_gradients(self.parameters)
         norm = parallel.clip_grad_norm(self.parameters, self.optim.clip)
         for group in self.adamw.param_groups:
@@ -91,39 +93,108 @@ class Optimizer:
         return norm
 
 
-class TeacherTrainer:
-    """A multi-step teacher (text encoder and backbone) learns a world's pictures by denoising."""
+class VAETrainer:
+    """An autoencoder learns a world's pictures."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.noise, self.world = Noise(config.run.seed), ShapesWorld()
-        self.tokenizer = self.world.tokenizer()
-        self.spec = self._spec()
-        self.vae = zoo.fresh(self.spec, "vae", config.run.seed).eval().to(device)
+        self.spec = zoo.preset(config.model.preset)
+        if not isinstance(self.spec.vae, VAEConfig):
+            raise ValueError(f"model.preset: {self.spec.arch} has no VAE that learns")
+        net = zoo.fresh(self.spec, "vae", config.run.seed).to(memory_format=torch.channels_last)
+        self.vae = _spread(net, config, device)
+        self.optimizer = Optimizer(config.optim.student, config.run.steps, vae=self.vae)
+        self.average = EMA(self.vae, config.ema.decay, _dtype(config))
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One update of the autoencoding loss on fresh pictures."""
+        config, rows = self.config, []
+        parts = _parts(config)
+        for part in parts:
+            pictures = self.world.batch(self.noise, step, part).pictures.to(self.device)
+            side = pictures.shape[-1] // self.spec.vae.factor
+            shape = (self.spec.latent_channels, side, side)
+            eps = self.noise.normal("eps", step, part, shape).to(self.device)
+            pictures = pictures.contiguous(memory_format=torch.channels_last)
+            with parallel.autocast(self.device, config.run.dtype):
+                auto = config.autoencode
+                loss = autoencoding_loss(self.vae, pictures, eps, auto.l1, auto.kl)
+            with parallel.gradient_sync(self.vae, part == parts[-1]):
+                (loss.total.mean() / len(parts)).backward()
+            figures = {"loss": loss.total, "loss_squared": loss.squared, "loss_kl": loss.kl}
+            rows.append({name: value.detach().mean() for name, value in figures.items()})
+        norm = self.optimizer.update(step)
+        self.average.update(self.vae, step)
+        return {**_mean_row(rows), "grad_norm": norm}
+
+    def state(self) -> dict[str, Any]:
+        """Weights, average and optimizer moments."""
+        average = self.average.average
+        return {"vae": self.vae, "average": average, "optimizer": self.optimizer.state}
+
+    @torch.no_grad()
+    def pipeline(self) -> Pipeline | None:
+        """The VAE alone, scaled to latents of standard deviation 1 on the world."""
+        vae = _averaged(self.spec, "vae", self.vae, self.average, self.config)
+        if vae is None:
+            return None
         pictures = self.world.batch(self.noise, 0, range(FIT_PICTURES), "vae").pictures
-        self.vae.fit(pictures.to(device))
+        mean = torch.cat([vae.moments(rows)[0] for rows in pictures.split(128)])
+        scaled = dataclasses.replace(vae.config, scaling=round(1 / mean.std().item(), 5))
+        vae.config = scaled
+        return Pipeline(dataclasses.replace(self.spec, vae=scaled), vae=vae)
+
+    def describe(self, step: int) -> str:
+        """Nothing but the step decides the pictures."""
+        return "the pictures are those of stream 'world' at this step"
+
+
+class TeacherTrainer:
+    """A multi-step teacher (text encoder and backbone) learns a world's pictures by denoising."""
+
+    def __init__(self, config: Config, device: torch.device, vae: Any = None) -> None:
+        self.config, self.device = config, device
+        self.noise, self.world = Noise(config.run.seed), ShapesWorld()
+        self.tokenizer = self.world.tokenizer()
+        self.vae = self._vae(vae).to(device)
+        self.spec = self._spec()
         self.backbone = self._network("backbone")
         self.text_encoder = self._network("text_encoder")
         nets = {"backbone": self.backbone, "text_encoder": self.text_encoder}
         self.optimizer = Optimizer(config.optim.student, config.run.steps, **nets)
         self.averages = {n: EMA(net, config.ema.decay, _dtype(config)) for n, net in nets.items()}
 
+    def _vae(self, vae: Any) -> Any:
+        """The VAE that was given, or the preset's linear patch transform fitted to the world."""
+        if vae is not None:
+            # Convolutions on the CPU are faster in channels-last, and pictures follow the weights.
+            return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        preset = zoo.preset(self.config.model.preset)
+        if not isinstance(preset.vae, PatchVAEConfig):
+            raise ValueError("model.vae: this preset needs a model folder with a VAE, got ''")
+        fitted = zoo.fresh(preset, "vae", self.config.run.seed).eval()
+        fitted.fit(self.world.batch(self.noise, 0, range(FIT_PICTURES), "vae").pictures)
+        return fitted
+
     def _spec(self) -> zoo.ModelSpec:
-        """The preset with the world's vocabulary and the recipe's prediction type."""
+        """The preset with the world's vocabulary, the VAE's config, the recipe's prediction."""
         spec, tokenizer = zoo.preset(self.config.model.preset), self.tokenizer
         text = spec.text[0]
         words = tokenizer.tokenizer.get_vocab_size()
-        sizes = {"vocabulary": words, "length": tokenizer.max_length, "eos_id": words - 1}
-        encoder = dataclasses.replace(text.config, **sizes)
+        encoder = dataclasses.replace(
+            text.config, vocabulary=words, length=tokenizer.max_length, eos_id=words - 1
+        )
         schedule = dataclasses.replace(spec.schedule, prediction=self.config.denoise.prediction)
         return dataclasses.replace(
             spec,
+            vae=self.vae.config,
             text=(dataclasses.replace(text, config=encoder),),
             schedule=schedule,
             null=self.config.data.null,
         )
 
-    def _network(self, part: str) -> nn.Module:
+    def _network(self, part: str) -> Any:
         net = zoo.fresh(self.spec, part, self.config.run.seed)
         return _spread(net, self.config, self.device)
 
@@ -170,9 +241,7 @@ class TeacherTrainer:
         if not parallel.is_main():
             return None
         vae = copy.deepcopy(self.vae).cpu()
-        return Pipeline(
-            self.spec, nets["backbone"], vae, [nets["text_encoder"]], [self.tokenizer]
-        )
+        return Pipeline(self.spec, nets["backbone"], vae, [nets["text_encoder"]], [self.tokenizer])
 
     def describe(self, step: int) -> str:
         """Timesteps and captions of a step."""
@@ -185,7 +254,13 @@ class TeacherTrainer:
 class Distiller:
     """PG-SB: a one-step student from prompts alone, by VSD with a frozen and a LoRA teacher."""
 
-    def __init__(self, config: Config, device: torch.device, teacher: Pipeline) -> None:
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        teacher: Pipeline,
+        student: Pipeline | None = None,
+    ) -> None:
         self.config, self.device = config, device
         self.noise, self.world = Noise(config.run.seed), ShapesWorld()
         self.teacher = teacher.to(device)
@@ -197,8 +272,11 @@ class Distiller:
             one_step=zoo.OneStep(config.vsd.student_t),
         )
         self.schedule = self.spec.schedule
-        student = copy.deepcopy(frozen).requires_grad_(True).train()
-        self.student = _spread(student, config, device)
+        start = student.backbone if student is not None else frozen
+        if start is None or start.config != frozen.config:
+            raise ValueError("model.student_init: its backbone must have the teacher's sizes")
+        start = copy.deepcopy(start).requires_grad_(True).train()
+        self.student = _spread(start, config, device)
         lora.inject(frozen, config.lora.targets, config.lora.rank, config.lora.gamma, self.noise)
         self.pair = _spread(frozen, config, device)
         run = config.run
@@ -217,7 +295,7 @@ class Distiller:
         ).null()
 
     def step(self, step: int) -> dict[str, Any]:
-        """The student follows the teachers' difference; then the LoRA teacher learns the student."""
+        """The student follows the teachers' difference, then the LoRA teacher the student."""
         parts = [self._part(step, indices) for indices in _parts(self.config)]
         x0, row = self._update_student(step, parts)
         for update in range(self.config.lora.updates_per_step):
@@ -239,9 +317,7 @@ class Distiller:
         for part, last in _with_last(parts):
             z = self._normal("z", step, part.indices)
             with parallel.autocast(self.device, self.config.run.dtype):
-                x0 = one_step(
-                    self.student, self.schedule, z, part.cond, self.config.vsd.student_t
-                )
+                x0 = one_step(self.student, self.schedule, z, part.cond, self.config.vsd.student_t)
             gradient, row = self._gradient(step, part, x0.detach())
             loss = surrogate(x0, gradient, self.config.vsd.surrogate).mean()
             with parallel.gradient_sync(self.student, last):
@@ -285,9 +361,7 @@ class Distiller:
 
     def _kappa(self, step: int, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         k = self.config.kappa
-        kappa, kappa_lora = draw_kappa(
-            self.noise, step, indices, k.teacher, k.lora, k.draw, k.per
-        )
+        kappa, kappa_lora = draw_kappa(self.noise, step, indices, k.teacher, k.lora, k.draw, k.per)
         return kappa.to(self.device), kappa_lora.to(self.device)
 
     def _normal(self, stream: str, step: int, indices: Sequence[int]) -> Tensor:
@@ -340,7 +414,7 @@ def _dtype(config: Config) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.ema.dtype]
 
 
-def _spread(net: nn.Module, config: Config, device: torch.device) -> nn.Module:
+def _spread(net: Any, config: Config, device: torch.device) -> Any:
     """Activation checkpointing and FSDP2 as the recipe says; in place."""
     if config.parallel.checkpointing:
         parallel.checkpoint_blocks(net.blocks())
@@ -353,9 +427,7 @@ def _spread(net: nn.Module, config: Config, device: torch.device) -> nn.Module:
     )
 
 
-def _averaged(
-    spec: zoo.ModelSpec, part: str, net: nn.Module, average: EMA, config: Config
-) -> nn.Module | None:
+def _averaged(spec: zoo.ModelSpec, part: str, net: nn.Module, average: EMA, config: Config) -> Any:
     """A whole network with the averaged weights (the plain ones without an average), on rank 0."""
     use = average.average if config.ema.decay else {}
     state = parallel.gather_full({**net.state_dict(), **use})

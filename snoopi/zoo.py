@@ -34,7 +34,7 @@ class TextSpec:
 
 @dataclass(frozen=True)
 class OneStep:
-    """How a one-step model is called: pure noise z ~ N(0, I) at timestep t, then x0 by the schedule."""
+    """How a one-step model is called: on z ~ N(0, I) at timestep t, then x0 by the schedule."""
 
     t: int = 999
 
@@ -52,7 +52,7 @@ class ModelSpec:
     backbone: UNetConfig
     vae: VAEConfig | PatchVAEConfig
     text: tuple[TextSpec, ...]
-    schedule: Schedule = Schedule()
+    schedule: Schedule = field(default_factory=Schedule)
     latent_size: int = 64
     null: Literal["encoded", "zeros"] = "encoded"
     one_step: OneStep | None = None
@@ -125,12 +125,10 @@ _SDXL = ModelSpec(
     null="zeros",
     strengths={"nasa": 0.5},
 )
-# The shapes world: 32 x 32 pictures, 8 x 8 latents of a linear patch transform, 12 tokens of words.
+# The shapes world: 32 x 32 pictures, 8 x 8 latents; the world's tokenizer sets the text sizes.
 _SHAPES = ModelSpec(
     "shapes",
     UNetConfig(
-        in_channels=16,
-        out_channels=16,
         channels=(64, 128),
         resnets=1,
         depth=(1, 1),
@@ -140,7 +138,7 @@ _SHAPES = ModelSpec(
         linear_proj=True,
         norm_groups=16,
     ),
-    PatchVAEConfig(),
+    VAEConfig(channels=(16, 32, 64), resnets=1, norm_groups=8, scaling=1.0),
     (
         TextSpec(
             CLIPTextConfig(
@@ -155,12 +153,19 @@ _SHAPES = ModelSpec(
     strengths={"nasa": 1.0, "nasa-centred": 1.5, "embed-sub": 1.0, "cfg": 2.0},
 )
 
-# The same world at a size for tests: 20 steps take seconds.
+# The same world at a size for tests: 20 steps take seconds, and the latents need no training.
 _DEBUG = dataclasses.replace(
     _SHAPES,
     arch="debug",
+    vae=PatchVAEConfig(),
     backbone=dataclasses.replace(
-        _SHAPES.backbone, channels=(16, 32), heads=(2, 2), text_width=16, norm_groups=8
+        _SHAPES.backbone,
+        in_channels=16,
+        out_channels=16,
+        channels=(16, 32),
+        heads=(2, 2),
+        text_width=16,
+        norm_groups=8,
     ),
     text=(
         TextSpec(
@@ -178,9 +183,7 @@ PRESETS: dict[str, ModelSpec] = {
     "sd21-v": dataclasses.replace(_SD21, arch="sd21-v", schedule=_V, latent_size=96),
     "sd-turbo": dataclasses.replace(_SD21, arch="sd-turbo", one_step=OneStep()),
     "sdxl": _SDXL,
-    "sdxl-turbo": dataclasses.replace(
-        _SDXL, arch="sdxl-turbo", latent_size=64, one_step=OneStep()
-    ),
+    "sdxl-turbo": dataclasses.replace(_SDXL, arch="sdxl-turbo", latent_size=64, one_step=OneStep()),
     "shapes": _SHAPES,
     "debug": _DEBUG,
 }
@@ -194,7 +197,7 @@ def preset(name: str) -> ModelSpec:
     raise ValueError(f"unknown model {name!r}; the nearest is {near!r} of {', '.join(PRESETS)}")
 
 
-def build(spec: str | ModelSpec, part: str = "backbone", device: str = "meta") -> nn.Module:
+def build(spec: str | ModelSpec, part: str = "backbone", device: str = "meta") -> Any:
     """The network of one part, in eval mode; on "meta" it has shapes but no memory.
 
     spec: a preset's name or a ModelSpec. part: "backbone", "vae", "text_encoder", "text_encoder_2".
@@ -207,7 +210,7 @@ def build(spec: str | ModelSpec, part: str = "backbone", device: str = "meta") -
         return NETWORKS[type(parts[part])](parts[part]).eval()
 
 
-def fresh(spec: str | ModelSpec, part: str, seed: int) -> nn.Module:
+def fresh(spec: str | ModelSpec, part: str, seed: int) -> Any:
     """A randomly initialised network in training mode: a function of the seed alone.
 
     torch's own initialisation, except that a backbone's output starts at zero and that text

@@ -1,4 +1,4 @@
-"""Measuring a generator on a world: held-out prompts, a judge, real pictures of the same prompts."""
+"""Measuring a generator on a world: held-out prompts, a judge, real pictures of the prompts."""
 
 from __future__ import annotations
 
@@ -70,10 +70,8 @@ class Ruler:
         return self.judge.features(self.world.render(labels, nuisance))
 
     def floor(self) -> float:
-        """The Frechet distance of real pictures that are not in the reference: the best there is."""
-        return frechet_distance(
-            FeatureStats.of(self._real(Noise(1), REAL_PER_PROMPT)), self._stats
-        )
+        """The Frechet distance of other real pictures to the reference: the best there is."""
+        return frechet_distance(FeatureStats.of(self._real(Noise(1), REAL_PER_PROMPT)), self._stats)
 
     def measure(self, draw: Draw, batch: int = 100) -> Quality:
         """The quality of a generator on the ruler's prompts."""
@@ -94,7 +92,7 @@ class Ruler:
 
 
 def gap_closed(student: float, one_step: float, many_steps: float) -> float:
-    """The share of the Frechet gap between the teacher's one step and its many that a student closes.
+    """The share of the Frechet gap between a teacher's one step and its many that is closed.
 
     (F_1 - F_student) / (F_1 - F_many); 1 is as good as the many steps, above 1 better.
     """

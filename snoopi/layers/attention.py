@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snoopi import ops
-from snoopi.conditioning import Conditioning
+from snoopi.conditioning import Conditioning, TextKV
 from snoopi.guidance import NASA, Guidance, strength, with_strength
 
 
@@ -36,7 +36,8 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of picture tokens to text, with negative guidance (SNOOPI Eq. 8-10).
 
-    index: the layer's place among the cross-attentions in forward order (per-layer strengths).
+    index: the layer's place among the network's `count` cross-attentions in forward order, which
+    the network sets (per-layer strengths).
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class CrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.index = 0
+        self.index, self.count = 0, 1
         self.to_q = nn.Linear(channels, heads * head_dim, bias=bias)
         self.to_k = nn.Linear(text_width, heads * head_dim, bias=bias)
         self.to_v = nn.Linear(text_width, heads * head_dim, bias=bias)
@@ -66,24 +67,31 @@ class CrossAttention(nn.Module):
         k_neg, v_neg = self._kv(cond, 1)
         if isinstance(guidance, NASA):
             return self._nasa(q, (k, v), (k_neg, v_neg), cond, guidance)
-        masks = {"mask_pos": cond.mask, "mask_neg": negative.mask}
-        z_pos, lse_pos, z_neg, lse_neg = ops.twin_attention(q, k, v, k_neg, v_neg, **masks)
-        return self._out(guidance.combine(z_pos, lse_pos, z_neg, lse_neg))
+        z_pos, lse_pos, z_neg, lse_neg = ops.twin_attention(
+            q, k, v, k_neg, v_neg, mask_pos=cond.mask, mask_neg=negative.mask
+        )
+        # A region is fp32 and would widen 16-bit attention.
+        return self._out(guidance.combine(z_pos, lse_pos, z_neg, lse_neg).to(z_pos.dtype))
 
     def _kv(self, cond: Conditioning, which: int) -> tuple[Tensor, Tensor]:
         """K/V of the text (0), its negative (1) or the null text (2): filled in, or projected."""
-        if cond.kv is not None:
-            return cond.kv[self.index][which]
+        made = None if cond.kv is None else cond.kv.layers[self.index][which]
+        if made is not None:
+            return made
         text = (cond, cond.negative, cond.null)[which]
         assert text is not None
         return self.key_value(text)
 
     def _guidance(self, cond: Conditioning, size: tuple[int, int]) -> Guidance | None:
-        """This layer's guidance with its own strength; None if it is off (a float strength of 0)."""
+        """This layer's guidance with its own strength; None if it is off (a float 0)."""
         if cond.guidance is None:
             return None
         value = strength(cond.guidance)
         if isinstance(value, Tensor) and value.dim() == 1:
+            if len(value) != self.count:
+                raise ValueError(
+                    f"a strength per layer needs {self.count} values, got {len(value)}"
+                )
             value = value[self.index]
         if not isinstance(value, Tensor) and value == 0:
             return None
@@ -127,13 +135,14 @@ class CrossAttention(nn.Module):
     def _fusable_out(self) -> tuple[Tensor | None, Tensor | None]:
         """to_out's weight and bias if the op may take the projection: only from a plain Linear.
 
-        An adapter, a hook or a subclass on it would be bypassed in silence, so then the op returns
-        z and to_out runs as a module.
+        An adapter, a hook, a subclass or a forward of its own on it would be bypassed in silence,
+        so then the op returns z and to_out runs as a module.
         """
         out = self.to_out[0]
-        if type(out) is nn.Linear and not (out._forward_hooks or out._forward_pre_hooks):
-            return out.weight, out.bias
-        return None, None
+        hooks = (out._forward_hooks, out._forward_pre_hooks, out._backward_hooks)
+        if type(out) is not nn.Linear or "forward" in vars(out) or any(hooks):
+            return None, None
+        return out.weight, out.bias
 
     def _out(self, z: Tensor) -> Tensor:
         return self.to_out[0](z.flatten(-2))  # [b m c]
@@ -144,11 +153,12 @@ def _pool(region: Tensor, size: tuple[int, int]) -> Tensor:
     return F.adaptive_avg_pool2d(region[:, None].float(), size).flatten(1)
 
 
-def fill_kv(layers: list[CrossAttention], cond: Conditioning) -> tuple:
-    """K/V of a conditioning's texts for every layer: ((pos, neg or None, null or None), ...)."""
+def fill_kv(layers: list[CrossAttention], cond: Conditioning) -> TextKV:
+    """K/V of a conditioning's texts for every layer."""
     if torch.is_grad_enabled():
         raise RuntimeError("text_kv is for inference: call it under no_grad or inference_mode")
     texts = (cond, cond.negative, cond.null)
-    return tuple(
+    made = tuple(
         tuple(None if text is None else layer.key_value(text) for text in texts) for layer in layers
     )
+    return TextKV(cond.sources(), made)

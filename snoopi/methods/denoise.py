@@ -45,8 +45,9 @@ def loss_weight(schedule: Schedule, t: Tensor, weight: Weight, like: Tensor) -> 
     if weight == "alpha_bar":
         return abar
     snr = abar / var
-    per_x0_error = {"x0": 1.0, "eps": snr, "v": snr + 1}[schedule.prediction]
-    return snr.clamp(max=5.0) / per_x0_error
+    if schedule.prediction == "x0":
+        return snr.clamp(max=5.0)
+    return snr.clamp(max=5.0) / (snr if schedule.prediction == "eps" else snr + 1)
 
 
 def drop_text(cond: Conditioning, null: Conditioning, dropped: Tensor) -> Conditioning:

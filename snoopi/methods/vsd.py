@@ -101,9 +101,7 @@ def vsd_gradient(
     return gradient
 
 
-def surrogate(
-    x0: Tensor, gradient: Tensor, reduction: Literal["mean", "sum"] = "mean"
-) -> Tensor:
+def surrogate(x0: Tensor, gradient: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
     """A loss whose gradient with respect to x0 is `gradient` (per element / elements for "mean").
 
     0.5 |x0 - stopgrad(x0 - gradient)|^2 over a picture's elements, one number per sample, fp32 [b].

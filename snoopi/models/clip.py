@@ -111,31 +111,42 @@ class Embeddings(nn.Module):
         return self.token_embedding(ids) + self.position_embedding(positions)
 
 
+class TextModel(nn.Module):
+    """Embeddings, layers, final LayerNorm: last and penultimate features."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.final_layer_norm = nn.LayerNorm(config.width)
+
+    def layers(self) -> list[nn.Module]:
+        """The encoder's layers in order."""
+        return list(self.encoder.get_submodule("layers").children())
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids [b n] -> after the last layer and LayerNorm, before the last layer; [b n k] each."""
+        x = penultimate = self.embeddings(ids)
+        for layer in self.layers():
+            penultimate, x = x, layer(x)
+        return self.final_layer_norm(x), penultimate
+
+
 class CLIPText(nn.Module):
     """A CLIP text encoder: forward(ids) -> CLIPTextOutput."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.config = config
-        self.text_model = nn.ModuleDict(
-            {
-                "embeddings": Embeddings(config),
-                "encoder": nn.ModuleDict(
-                    {"layers": nn.ModuleList(Layer(config) for _ in range(config.layers))}
-                ),
-                "final_layer_norm": nn.LayerNorm(config.width),
-            }
-        )
+        self.text_model = TextModel(config)
         self.text_projection = None
         if config.projection:
             self.text_projection = nn.Linear(config.width, config.projection, bias=False)
 
     def forward(self, ids: Tensor) -> CLIPTextOutput:
         """ids int64 [b n], padded; no mask: every position attends to those before it."""
-        x = penultimate = self.text_model["embeddings"](ids)
-        for layer in self.text_model["encoder"]["layers"]:
-            penultimate, x = x, layer(x)
-        last = self.text_model["final_layer_norm"](x)
+        last, penultimate = self.text_model(ids)
         # The first eos, by its id: padding may be eos again, and added tokens may exceed it.
         eos = (ids == self.config.eos_id).int().argmax(dim=1)
         pooled = last[torch.arange(len(ids), device=ids.device), eos]  # [b k]
@@ -145,4 +156,4 @@ class CLIPText(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """What FSDP2 shards one by one."""
-        return list(self.text_model["encoder"]["layers"])
+        return self.text_model.layers()

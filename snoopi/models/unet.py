@@ -59,14 +59,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.net = nn.ModuleDict(
-            {"0": nn.ModuleDict({"proj": nn.Linear(channels, 8 * channels)})}
-            | {"2": nn.Linear(4 * channels, channels)}
-        )
+        gate = nn.ModuleDict({"proj": nn.Linear(channels, 8 * channels)})
+        # Place 1 is diffusers' dropout: it keeps its number, not its module.
+        self.net = nn.ModuleDict({"0": gate, "2": nn.Linear(4 * channels, channels)})
 
     def forward(self, x: Tensor) -> Tensor:
         """[b m c] -> [b m c]."""
-        value, gate = self.net["0"]["proj"](x).chunk(2, dim=-1)  # [b m 4c] each
+        value, gate = self.net["0"].get_submodule("proj")(x).chunk(2, dim=-1)  # [b m 4c] each
         return self.net["2"](value * F.gelu(gate))
 
 
@@ -103,7 +102,9 @@ class SpatialTransformer(nn.Module):
         self.proj_out = self._projection(channels)
 
     def _projection(self, channels: int) -> nn.Module:
-        return nn.Linear(channels, channels) if self.linear_proj else nn.Conv2d(channels, channels, 1)
+        return (
+            nn.Linear(channels, channels) if self.linear_proj else nn.Conv2d(channels, channels, 1)
+        )
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
         """[b c h w] -> [b c h w]."""
@@ -181,7 +182,7 @@ class MidLevel(Level):
 
 
 class UpLevel(Level):
-    """Resnets on [hidden, skip] (and transformers), then an upsampler on all levels but the last."""
+    """Resnets on [hidden, skip] (and transformers), then an upsampler except on the last level."""
 
     def __init__(self, config: UNetConfig, level: int, skip_widths: list[int]) -> None:
         channels = config.channels[level]
@@ -226,11 +227,12 @@ class UNet(nn.Module):
         )
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, c0, eps=1e-5)
         self.conv_out = nn.Conv2d(c0, config.out_channels, 3, padding=1)
-        for i, layer in enumerate(self.cross_attentions()):
-            layer.index = i
+        layers = self.cross_attentions()
+        for i, layer in enumerate(layers):
+            layer.index, layer.count = i, len(layers)
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """x [b c h w], t [b] (integers or floats in [0, 1000]), cond -> prediction [b c_out h w]."""
+        """x [b c h w], t [b] (integers or floats in [0, 1000]) -> prediction [b c_out h w]."""
         temb = self._time(t, cond)
         x = self.conv_in(x)
         skips = [x]
@@ -239,7 +241,7 @@ class UNet(nn.Module):
             skips += more
         x = self.mid_block(x, temb, cond)
         for level in self.up_blocks:
-            rest = len(skips) - len(level.resnets)
+            rest = len(skips) - self.config.resnets - 1
             size = tuple(skips[rest - 1].shape[-2:]) if rest else None
             x = level(x, skips, temb, cond, size)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

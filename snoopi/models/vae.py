@@ -153,6 +153,14 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(z, z, 1)
         self.decoder = Decoder(config)
 
+    def blocks(self) -> list[nn.Module]:
+        """What FSDP2 shards one by one."""
+        return [m for m in self.modules() if isinstance(m, (Level, Mid))]
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Reconstructions [b 3 H W] of pictures, through the mean of the latent."""
+        return self.decode(self.encode(pictures))
+
     def moments(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance (clamped to -30..20) of the unscaled latent, [b z h w] each."""
         mean, logvar = self.quant_conv(self.encoder(pictures)).chunk(2, dim=1)
@@ -232,6 +240,6 @@ class PatchVAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [b z h w] -> pictures [b 3 H W] in about [-1, 1]."""
-        size = [s * self.config.patch for s in latents.shape[2:]]
+        size = tuple(s * self.config.patch for s in latents.shape[2:])
         x = latents.flatten(2).transpose(1, 2) @ self.to_patch + self.mean  # [b hw 3pp]
         return F.fold(x.transpose(1, 2), size, self.config.patch, stride=self.config.patch)

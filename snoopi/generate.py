@@ -1,0 +1,105 @@
+"""Pictures from a prompt, on the command line.
+
+python -m snoopi.generate MODEL "prompt" [--negative TEXT] --out FILE.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from snoopi.pictures import save_png
+from snoopi.pipeline import MODES, Pipeline, load, shipped_or_path
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status: 0, or 2 for a user's mistake."""
+    options = _parser().parse_args(arguments)
+    try:
+        _generate(options)
+    except (ValueError, OSError) as error:
+        print(f"snoopi.generate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> None:
+    if options.out.suffix.lower() != ".png":
+        raise ValueError(f"--out must end in .png, got {options.out}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA device")
+    size = _size(options.size)
+    pipeline = load(shipped_or_path(options.model), options.device, DTYPES.get(options.dtype or ""))
+    _warn_unknown(pipeline, [options.prompt, options.negative or ""])
+    started = time.monotonic()
+    pictures = pipeline(
+        options.prompt,
+        options.negative,
+        guidance=options.guidance,
+        scale=options.scale,
+        steps=options.steps,
+        seed=options.seed,
+        num=options.num,
+        size=size,
+    )
+    seconds = time.monotonic() - started
+    for path, picture in zip(_names(options.out, options.num), pictures, strict=True):
+        save_png(picture, path)
+        print(f"wrote {path} ({picture.width}x{picture.height})")
+    print(f"{len(pictures)} in {seconds:.2f} s")
+
+
+def _warn_unknown(pipeline: Pipeline, texts: Sequence[str]) -> None:
+    """Say which words a small vocabulary lacks: they would be read as one unknown word."""
+    for tokenizer in pipeline.tokenizers:
+        words = [w for text in texts if tokenizer for w in tokenizer.unknown(text)]
+        if words:
+            print(f"snoopi.generate: not in the vocabulary: {', '.join(words)}", file=sys.stderr)
+
+
+def _names(out: Path, num: int) -> list[Path]:
+    """FILE.png, or FILE-0.png, FILE-1.png, ... of several."""
+    return [out] if num == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(num)]
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """HxW as (height, width)."""
+    if text is None:
+        return None
+    height, cross, width = text.lower().partition("x")
+    if not (cross and height.isdigit() and width.isdigit()):
+        raise ValueError(f"--size must be HxW in pixels, for example 512x512, got {text!r}")
+    return int(height), int(width)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="snoopi.generate",
+        description="Pictures from a prompt.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", help="a model folder, such as runs/pgsb_shapes/model")
+    add("prompt", help="what to draw")
+    add("--negative", metavar="TEXT", help="what to steer away from")
+    add("--guidance", choices=MODES, default="nasa", help="how the negative is used")
+    add("--scale", type=float, help="strength of the guidance; None: the model's default")
+    add("--steps", type=int, help="sampler steps; None: one for a one-step model")
+    add("--seed", type=int, default=0, help="seed of the starting noise")
+    add("--num", type=int, default=1, metavar="K", help="number of pictures")
+    add("--size", metavar="HxW", help="size in pixels; None: the model's")
+    add("--dtype", choices=list(DTYPES), help="compute type; None: as stored")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
+    add("--out", type=Path, required=True, metavar="FILE.png", help="the picture to write")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

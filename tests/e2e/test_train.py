@@ -1,0 +1,233 @@
+"""The commands, as a user types them: train, stop, resume, spread over ranks, generate."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import snoopi
+from snoopi.report import SUMMARY_KEYS
+
+pytestmark = pytest.mark.e2e
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+QUIET = "evaluate.prompts=0"
+FIGURES = ("loss_vsd", "loss_lora", "grad_norm_student", "grad_norm_lora", "gap", "kappa_mean")
+
+
+def train(*words: str, ranks: int = 1) -> list[str]:
+    """The command line of snoopi.train, under torchrun with more than one rank."""
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    return [sys.executable, *launcher, "-m", "snoopi.train", *words]
+
+
+def run(*words: str, ranks: int = 1, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        train(*words, ranks=ranks), env=ENV, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(folder: Path) -> list[list[float]]:
+    """What must be equal bit for bit: every logged figure but the speed."""
+    return [[row["step"], *(row[name] for name in FIGURES)] for row in rows(folder)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted debug run, from teacher to report, and its runs folder."""
+    runs = tmp_path_factory.mktemp("runs")
+    run("debug", "--out", str(runs / "whole"))
+    return runs / "whole"
+
+
+def test_a_run_leaves_model_report_and_figures(whole: Path) -> None:
+    summary = json.loads((whole / "summary.json").read_text())
+    assert set(SUMMARY_KEYS) <= set(summary)
+    assert all(summary[key] is not None for key in SUMMARY_KEYS if key != "gap_closed")
+    assert [row["step"] for row in rows(whole)] == list(range(1, 21))
+    page = (whole / "report.html").read_text()
+    assert "http://" not in page and "https://" not in page  # opens offline
+    for picture in (whole / "samples").glob("*.png"):
+        assert Image.open(picture).size[0] > 32
+    assert (whole.parent / "debug_teacher" / "model" / "snoopi.json").is_file()
+
+
+def test_a_rerun_is_equal_bit_for_bit(whole: Path) -> None:
+    again = whole.parent / "again"
+    run("debug", QUIET, "--out", str(again))
+    assert figures(again) == figures(whole)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_resumes_bit_for_bit(whole: Path, how: signal.Signals) -> None:
+    out = whole.parent / how.name
+    process = subprocess.Popen(
+        train("debug", QUIET, "run.save=4", "--out", str(out)),
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_rows(out, 6, process)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=120)
+    before = [row["step"] for row in rows(out)]
+    assert 6 <= before[-1] < 20, "the run ended before it was stopped"
+    if how == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130
+        assert "--resume" in errors and "Traceback" not in errors
+    run("debug", QUIET, "run.save=4", "--out", str(out), "--resume")
+    assert figures(out) == figures(whole)
+
+
+def wait_for_rows(out: Path, count: int, process: subprocess.Popen[str]) -> None:
+    for _ in range(4000):
+        if (out / "metrics.jsonl").is_file() and len(rows_so_far(out)) >= count:
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    raise AssertionError("the run wrote no rows")
+
+
+def rows_so_far(out: Path) -> list[str]:
+    return (out / "metrics.jsonl").read_text().split("\n")[:-1]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("shard", ["auto", "never"])
+def test_two_ranks_give_the_losses_of_one(whole: Path, shard: str) -> None:
+    out = whole.parent / f"two-{shard}"
+    run("debug", QUIET, f"parallel.shard={shard}", "--out", str(out), ranks=2)
+    torch.testing.assert_close(
+        torch.tensor(figures(out), dtype=torch.float64),
+        torch.tensor(figures(whole), dtype=torch.float64),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_accumulation_gives_the_losses_of_one_part(whole: Path) -> None:
+    out = whole.parent / "accumulated"
+    run("debug", QUIET, "run.accumulate=4", "--out", str(out))
+    got, expected = (torch.tensor(figures(f), dtype=torch.float64) for f in (out, whole))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_checkpointing_changes_nothing(whole: Path) -> None:
+    out = whole.parent / "checkpointed"
+    run("debug", QUIET, "parallel.checkpointing=true", "--out", str(out))
+    got, expected = (torch.tensor(figures(f), dtype=torch.float64) for f in (out, whole))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["pgsb_shape"], "pgsb_shapes"),
+        (["debug", "kapa.teacher=[1,2]"], "kappa.teacher"),
+        (["debug", "run.steps=0"], "run.steps"),
+        (["debug", "model.teacher=nowhere"], "nowhere"),
+        (["debug", "run.steps=many"], "whole number"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(tmp_path: Path, words: list[str], names: str) -> None:
+    done = run(*words, "--out", str(tmp_path / "out"), status=2)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and names in lines[0]
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_run_does_not_overwrite_another(whole: Path) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    assert "--resume" in run("debug", "--out", str(whole), status=2).stderr
+    other = run("debug", "run.seed=1", "--out", str(whole), "--resume", status=2).stderr
+    assert "run.seed: 0 -> 1" in other
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_dry_run_and_print_config_write_nothing(tmp_path: Path) -> None:
+    for flag in ("--dry-run", "--print-config"):
+        printed = run("shapes_teacher", flag, "--out", str(tmp_path / "out")).stdout
+        assert "[optim.student]" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def generate(*words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "snoopi.generate", *words],
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def test_generate_writes_pictures(whole: Path, tmp_path: Path) -> None:
+    model, out = str(whole / "model"), tmp_path / "picture.png"
+    words = [model, "a red circle", "--negative", "striped", "--scale", "1", "--out", str(out)]
+    assert str(out) in generate(*words).stdout
+    assert Image.open(out).size == (32, 32)
+    generate(*words, "--num", "2", "--steps", "2", "--guidance", "nasa-centred")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "picture.png",
+        "picture-0.png",
+        "picture-1.png",
+    }
+
+
+def test_generate_names_a_users_mistake(whole: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "x.png")
+    missing = generate(str(tmp_path), "a circle", "--out", out, status=2)
+    assert "snoopi.json" in missing.stderr and "Traceback" not in missing.stderr
+    size = generate(str(whole / "model"), "a", "--size", "33x32", "--out", out, status=2)
+    assert "multiples of 4" in size.stderr
+    assert not Path(out).exists()
+
+
+def pixels(pictures: list[Image.Image]) -> list[bytes]:
+    return [picture.tobytes() for picture in pictures]
+
+
+def test_a_picture_does_not_depend_on_its_batch(whole: Path) -> None:
+    pipeline = snoopi.load(whole / "model")
+    prompts = ["a red circle", "a blue star on a white background", "a small square", ""]
+    together = pixels(pipeline(prompts, seed=3, num=2))
+    alone = [pixels(pipeline(p, seed=3, num=2)) for p in prompts]
+    assert together == [picture for pictures in alone for picture in pictures]
+    assert pixels(pipeline("a red circle", seed=3)) == together[:1]
+
+
+@pytest.mark.parametrize("guidance", ["nasa", "nasa-centred", "nag", "vsf", "embed-sub"])
+def test_no_negative_is_the_plain_picture(whole: Path, guidance: str) -> None:
+    pipeline = snoopi.load(whole / "model")
+    z = pipeline.noise(0, [0, 1])
+    prompts = ["a red circle", "a star"]
+    plain = pipeline.pictures(prompts, z, guidance="none")
+    assert torch.equal(pipeline.pictures(prompts, z, None, guidance), plain)
+    assert torch.equal(pipeline.pictures(prompts, z, ["", None], guidance), plain)
+    zero = pipeline.pictures(prompts, z, ["red", "blue"], guidance, 0.0)
+    if guidance in ("nasa", "nasa-centred", "nag"):
+        assert torch.equal(zero, plain)
+    mixed = pipeline.pictures(prompts, z, ["red", None], guidance, 1.0)
+    torch.testing.assert_close(mixed[1], plain[1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(mixed[0], plain[0], atol=1e-4)
