@@ -149,6 +149,9 @@ class Lora:
 class Denoise:
     """Training of a teacher on captioned pictures."""
 
+    sampling: Literal["uniform", "logit_normal"] = _key(
+        "uniform", "distribution of t; logit_normal: mostly the middle, where the picture forms"
+    )
     prediction: Literal["v", "eps", "x0"] = _key(
         "v", "what the network predicts and the loss compares"
     )

@@ -36,14 +36,14 @@ class _Adapter(nn.Module):
     def _adapt(self, base: Tensor, x: Tensor) -> Tensor:
         """base + multiplier B A x on rows >= first_row; the rows before are base untouched."""
         if self.first_row == 0:
-            return base + self.multiplier * self._delta(x)
+            return torch.add(base, self._delta(x), alpha=self.multiplier)
         if self.first_row > x.shape[0]:
-            # One row that is broadcast later would belong to both sides of the gate.
+            # A text or timestep of one row, broadcast later, is on both sides of the gate.
             raise ValueError(f"lora.rows from row {self.first_row}, but an input has {len(x)} rows")
-        if self.first_row == x.shape[0]:
-            return base
-        delta = self.multiplier * self._delta(x[self.first_row :])
-        return torch.cat([base[: self.first_row], base[self.first_row :] + delta])
+        if self.first_row < x.shape[0]:
+            # In place: no gradient runs here (see `rows`), and base is this layer's own.
+            base[self.first_row :].add_(self._delta(x[self.first_row :]), alpha=self.multiplier)
+        return base
 
     def delta_weight(self) -> Tensor:
         """multiplier B A in the shape of the base weight, fp32."""

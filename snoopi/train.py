@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from snoopi import config as recipes
 from snoopi import parallel, runstate, zoo
 from snoopi.config import Config
 from snoopi.final import OBSERVERS, Observer
+from snoopi.pictures import write_atomically
 from snoopi.pipeline import load, shipped, shipped_or_path
 from snoopi.runlog import RunLog
 from snoopi.trainers import Distiller, TeacherTrainer, Trainer, VAETrainer
@@ -28,8 +30,16 @@ from snoopi.trainers import Distiller, TeacherTrainer, Trainer, VAETrainer
 DEFAULT = "pgsb_shapes_gap"
 
 
+# What a resumed run may change without changing a number of its steps.
+FREE = ("evaluate.", "parallel.", "run.log", "run.save", "run.keep", "run.accumulate")
+
+
 class Stopped(Exception):
-    """A run was asked to stop and has saved its state."""
+    """A run was asked to stop by a signal and has saved its state."""
+
+    def __init__(self, message: str, caught: int) -> None:
+        super().__init__(message)
+        self.status = 128 + caught
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         if parallel.is_main():
             print(f"snoopi.train: {stopped}", file=sys.stderr)
-        return 130
+        return stopped.status
     return 0
 
 
@@ -110,7 +120,8 @@ def fit(trainer: Trainer, config: Config, out: Path, observer: Observer, *, resu
             if done % config.run.save == 0 or done == steps or stopping:
                 _save(trainer, config, out, done)
             if stopping:
-                raise Stopped(f"stopped after step {done}; --resume --out {out} goes on from there")
+                message = f"stopped after step {done}; --resume --out {out} goes on from there"
+                raise Stopped(message, guard.caught or signal.SIGTERM)
 
 
 def _check_finite(row: dict[str, Any], trainer: Trainer, step: int) -> None:
@@ -133,10 +144,12 @@ def _first_step(trainer: Trainer, config: Config, out: Path, resume: bool) -> in
         )
     if not found:
         if parallel.is_main():
-            (out / "config.toml").write_text(recipes.to_toml(config), encoding="utf-8")
+            if resume:  # killed before its first state: nothing to go on from
+                (out / "metrics.jsonl").unlink(missing_ok=True)
+            write_atomically(out / "config.toml", recipes.to_toml(config).encode())
         return 0
     before = recipes.load(out / "config.toml")
-    changed = [d for d in recipes.differences(before, config) if not d.startswith("evaluate.")]
+    changed = [d for d in recipes.differences(before, config) if not d.startswith(FREE)]
     if changed:
         raise ValueError(f"{out} was started with another recipe: {'; '.join(changed)}")
     step = runstate.load_latest(out, trainer.state())

@@ -20,7 +20,7 @@ from snoopi import lora, parallel, zoo
 from snoopi.conditioning import Conditioning
 from snoopi.config import Config, Optim
 from snoopi.methods.autoencode import autoencoding_loss
-from snoopi.methods.denoise import denoising_loss, drop_text
+from snoopi.methods.denoise import denoising_loss, draw_timesteps, drop_text
 from snoopi.methods.ema import EMA
 from snoopi.methods.vsd import draw_kappa, surrogate, teacher_scores, vsd_gradient
 from snoopi.models.vae import PatchVAEConfig, VAEConfig
@@ -200,24 +200,32 @@ class TeacherTrainer:
 
     def step(self, step: int) -> dict[str, Any]:
         """Predict what the noise hides at random timesteps (Eq. 3), with text dropout."""
-        config, losses = self.config, []
-        for part in _parts(config):
+        parts, losses = _parts(self.config), []
+        for part in parts:
             pictures, captions, _ = self.world.batch(self.noise, step, part)
             loss = self._loss(step, part, pictures, captions).mean()
-            with parallel.gradient_sync(self.backbone, part.stop == _parts(config)[-1].stop):
-                (loss / config.run.accumulate).backward()
+            last = part == parts[-1]
+            with (
+                parallel.gradient_sync(self.backbone, last),
+                parallel.gradient_sync(self.text_encoder, last),
+            ):
+                (loss / len(parts)).backward()
             losses.append(loss.detach())
         norm = self.optimizer.update(step)
         for name, average in self.averages.items():
             average.update(getattr(self, name), step)
         return {"loss": torch.stack(losses).mean(), "grad_norm": norm}
 
+    def _timesteps(self, step: int, part: range) -> Tensor:
+        denoise = self.config.denoise
+        return draw_timesteps(self.noise, step, part, denoise.t, denoise.sampling)
+
     def _loss(self, step: int, part: range, pictures: Tensor, captions: list[str]) -> Tensor:
         config, noise = self.config, self.noise
         dropped = noise.uniform("dropout", step, part) < config.data.dropout
         texts = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
         ids = self.tokenizer(texts)[0].to(self.device)
-        t = noise.integers("t", step, part, *config.denoise.t).to(self.device)
+        t = self._timesteps(step, part).to(self.device)
         with torch.no_grad():
             x0 = self.vae.encode(pictures.to(self.device))
         eps = noise.normal("eps", step, part, x0.shape[1:]).to(self.device)
@@ -246,7 +254,7 @@ class TeacherTrainer:
     def describe(self, step: int) -> str:
         """Timesteps and captions of a step."""
         part = _parts(self.config)[0]
-        t = self.noise.integers("t", step, part, *self.config.denoise.t).tolist()
+        t = self._timesteps(step, part).tolist()
         captions = self.world.batch(self.noise, step, part).captions
         return f"t = {t}, captions = {captions}"
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from snoopi.conditioning import Conditioning
+from snoopi.noise import Noise
 from snoopi.samplers import Backbone
 from snoopi.schedule import Schedule
 
@@ -48,6 +50,25 @@ def loss_weight(schedule: Schedule, t: Tensor, weight: Weight, like: Tensor) -> 
     if schedule.prediction == "x0":
         return snr.clamp(max=5.0)
     return snr.clamp(max=5.0) / (snr if schedule.prediction == "eps" else snr + 1)
+
+
+def draw_timesteps(
+    noise: Noise,
+    step: int,
+    indices: Sequence[int],
+    bounds: tuple[int, int],
+    sampling: Literal["uniform", "logit_normal"] = "uniform",
+) -> Tensor:
+    """Timesteps in [low, high), int64 [b].
+
+    "logit_normal": the sigmoid of N(0, 1) stretched over the range (Esser et al., 2024, who found
+    it best for rectified flow): most draws fall where text decides what the picture becomes.
+    """
+    low, high = bounds
+    if sampling == "uniform":
+        return noise.integers("t", step, indices, low, high)
+    u = torch.sigmoid(noise.normal("t", step, indices).double())
+    return (low + (high - low) * u).long().clamp(low, high - 1)
 
 
 def drop_text(cond: Conditioning, null: Conditioning, dropped: Tensor) -> Conditioning:

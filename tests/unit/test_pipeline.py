@@ -1,0 +1,158 @@
+"""Model folders: what is written is what is read, and nothing broken is taken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import snoopi
+from snoopi import zoo
+from snoopi.models.vae import PatchVAE
+from snoopi.noise import Noise
+from snoopi.pipeline import Pipeline, shipped, shipped_or_path
+from snoopi.worlds.shapes import ShapesWorld
+
+
+def tiny() -> Pipeline:
+    """A whole untrained pipeline of the debug preset."""
+    spec, tokenizer = zoo.preset("debug"), ShapesWorld().tokenizer()
+    nets = {part: zoo.fresh(spec, part, 0).eval() for part in spec.parts()}
+    out = nets["backbone"].conv_out.weight
+    out.data.copy_(0.1 * Noise(1).normal("out", 0, [0], out.shape)[0])
+    assert isinstance(nets["vae"], PatchVAE)
+    nets["vae"].fit(ShapesWorld().batch(Noise(0), 0, range(64)).pictures)
+    return Pipeline(
+        spec, nets["backbone"], nets["vae"], [nets["text_encoder"]], [tokenizer], {"a": 1}
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny().save(tmp_path / "model")
+
+
+def test_a_model_folder_round_trip_is_exact(folder: Path) -> None:
+    before, after = tiny(), snoopi.load(folder)
+    assert after.spec == before.spec and after.provenance == {"a": 1}
+    for name, tensor in before.backbone.state_dict().items():
+        assert torch.equal(tensor, after.backbone.state_dict()[name])
+    assert before("a red circle")[0].tobytes() == after("a red circle")[0].tobytes()
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["model"]
+
+
+def test_saving_over_a_folder_replaces_it_whole(folder: Path) -> None:
+    (folder / "stray").write_text("x")
+    tiny().save(folder)
+    assert not (folder / "stray").exists() and snoopi.load(folder).vae is not None
+
+
+def test_dtype_and_optimize(folder: Path) -> None:
+    half = snoopi.load(folder, dtype=torch.bfloat16, optimize="auto")
+    assert half.backbone.conv_in.weight.dtype == torch.bfloat16
+    assert half("a red circle", steps=2)[0].size == (32, 32)
+    with pytest.raises(ValueError, match="optimize"):
+        snoopi.load(folder, optimize="fast")
+
+
+def test_a_partial_folder_says_what_is_missing(folder: Path) -> None:
+    (folder / "vae.safetensors").unlink()
+    pipeline = snoopi.load(folder)
+    assert pipeline.vae is None and pipeline.backbone is not None
+    with pytest.raises(ValueError, match="lacks vae"):
+        pipeline("a red circle")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("truncate", "not a readable safetensors"),
+        ("lack", "lacks conv_in.weight"),
+        ("extra", "unexpected foreign"),
+        ("shape", "conv_in.weight must be"),
+        ("json", "is not JSON"),
+        ("key", "the nearest is 'latent_size'"),
+        ("type", "latent_size must be int"),
+        ("gone", "not a model folder"),
+        ("format", "not of format"),
+    ],
+)
+def test_a_broken_folder_is_refused(folder: Path, damage: str, message: str) -> None:
+    weights, spec = folder / "backbone.safetensors", folder / "snoopi.json"
+    state, data = load_file(weights), json.loads(spec.read_text())
+    if damage == "truncate":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif damage == "lack":
+        del state["conv_in.weight"]
+    elif damage == "extra":
+        state["foreign"] = torch.zeros(1)
+    elif damage == "shape":
+        state["conv_in.weight"] = torch.zeros(1, 2)
+    elif damage == "key":
+        data["model"]["latent_sise"] = 8
+    elif damage == "type":
+        data["model"]["latent_size"] = "8"
+    elif damage == "format":
+        data["format"] = 99
+    if damage in ("lack", "extra", "shape"):
+        save_file(state, weights)
+    spec.write_text("{" if damage == "json" else json.dumps(data))
+    if damage == "gone":
+        spec.unlink()
+    with pytest.raises(ValueError, match=message):
+        snoopi.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": []}, "at least one prompt"),
+        ({"prompt": "a", "num": 0}, "num"),
+        ({"prompt": "a", "steps": 0}, "steps"),
+        ({"prompt": "a", "size": (30, 32)}, "multiples of 4"),
+        ({"prompt": "a", "guidance": "nassa"}, "guidance must be one of"),
+        ({"prompt": ["a", "b"], "negative": ["c"]}, "one per prompt"),
+    ],
+)
+def test_a_call_that_cannot_be_is_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny()(**arguments)
+
+
+def test_mixed_negatives_leave_rows_without_one_alone() -> None:
+    pipeline = tiny()
+    z = pipeline.noise(0, [0, 1, 2])
+    prompts = ["a red circle", "a star", "a small square"]
+    plain = pipeline.latents(prompts, z, guidance="none", steps=1)
+    for guidance in ("nasa", "nasa-centred", "nag", "vsf", "embed-sub"):
+        mixed = pipeline.latents(prompts, z, [None, "red", ""], guidance, 0.8, steps=1)
+        torch.testing.assert_close(mixed[[0, 2]], plain[[0, 2]], rtol=1e-4, atol=1e-5)
+        assert (mixed[1] - plain[1]).abs().max() > 1e-3, guidance
+
+
+def test_cfg_follows_equation_5() -> None:
+    """kappa 1 is the plain picture; kappa 0 the negative's; an empty negative is the null text."""
+    pipeline = tiny()
+    z = pipeline.noise(0, [0])
+    plain = pipeline.latents(["a star"], z, guidance="none", steps=1)
+    negative = pipeline.latents(["red"], z, guidance="none", steps=1)
+    torch.testing.assert_close(pipeline.latents(["a star"], z, ["red"], "cfg", 1.0, 1), plain)
+    out = pipeline.latents(["a star"], z, ["red"], "cfg", 0.0, 1)
+    torch.testing.assert_close(out, negative, rtol=1e-4, atol=1e-5)
+    null = pipeline.latents([""], z, guidance="none", steps=1)
+    out = pipeline.latents(["a star"], z, [""], "cfg", 0.0, 1)
+    torch.testing.assert_close(out, null, rtol=1e-4, atol=1e-5)
+
+
+def test_the_shipped_models_load() -> None:
+    assert "shapes_vae" in shipped()
+    vae = snoopi.load(shipped_or_path("shapes_vae")).vae
+    pictures = ShapesWorld().batch(Noise(3), 0, range(64)).pictures
+    with torch.no_grad():
+        latents = vae.encode(pictures)
+        error = (vae.decode(latents) - pictures).square().mean()
+    assert abs(latents.std() - 1) < 0.1
+    assert 10 * torch.log10(4 / error) > 31  # dB; 32.5 on the recipe's own held-out pictures
