@@ -63,7 +63,7 @@ class Observer:
 
     def finish(self, model: Path, source: Path | None, seconds: dict[str, float]) -> None:
         """Measure the finished model and write the report."""
-        pictures, back = self._reconstruct(load(model))
+        pictures, back = self._reconstruct(load(model, optimize="auto"))
         image = grid(
             torch.cat([pictures[:GRID], back[:GRID]]), GRID, row_titles=["picture", "decoded"]
         )
@@ -129,7 +129,7 @@ class TeacherObserver(Observer):
         if not self.config.evaluate.prompts:
             print(f"wrote {model}", flush=True)
             return
-        started, pipeline = time.monotonic(), load(model)
+        started, pipeline = time.monotonic(), load(model, optimize="auto")
         qualities, pictures = self.measure(self.teacher_drawers(pipeline))
         seconds = {**seconds, "quality": time.monotonic() - started}
         figure = _comparison(self.config, self.ruler, pictures)
@@ -171,8 +171,10 @@ class StudentObserver(TeacherObserver):
         if not many.prompts:
             print(f"wrote {model}", flush=True)
             return
-        started, student = time.monotonic(), load(model)
-        drawers = self.teacher_drawers(load(source)) | {"student": drawer(student, 1, 1.0)}
+        started, student = time.monotonic(), load(model, optimize="auto")
+        drawers = self.teacher_drawers(load(source, optimize="auto")) | {
+            "student": drawer(student, 1, 1.0)
+        }
         qualities, pictures = self.measure(drawers)
         seconds = {**seconds, "quality": time.monotonic() - started}
         figures = [_comparison(self.config, self.ruler, pictures)]

@@ -317,9 +317,10 @@ def load(
 ) -> Pipeline:
     """A Pipeline from a model folder: memory-mapped safetensors assigned to meta networks.
 
-    dtype: None keeps the stored one. optimize: "none" or "auto" (packs weights for inference where
-    that pays; this version has none to pack). Raises ValueError for a folder that is not a model
-    folder, or whose files do not fit its snoopi.json.
+    dtype: None keeps the stored one. optimize: "none", or "auto" for weights laid out for inference
+    (in this version convolutions in channels-last, which equals "none" up to rounding).
+    Raises ValueError for a folder that is not a model folder, or whose files do not fit its
+    snoopi.json.
     """
     if optimize not in ("none", "auto"):
         raise ValueError(f"optimize must be 'none' or 'auto', got {optimize!r}")
@@ -329,6 +330,10 @@ def load(
     tokenizers = [_load_tokenizer(folder, i) for i in range(len(spec.text))]
     texts = [parts[text_part(i)] for i in range(len(spec.text))]
     pipeline = Pipeline(spec, parts["backbone"], parts["vae"], texts, tokenizers, provenance)
+    if optimize == "auto":
+        for net in (pipeline.backbone, pipeline.vae):
+            if net is not None:
+                net.to(memory_format=torch.channels_last)
     return pipeline.to(device)
 
 

@@ -68,8 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(config: Config, out: Path, device: torch.device, *, resume: bool = False) -> None:
     """One run from recipe to report, in the folder `out`; a missing teacher is trained first."""
-    method = config.run.method
-    source = _source(config, out, device, resume=resume)
+    method, started = config.run.method, time.monotonic()
+    source = _source(config, out, device)
+    seconds = {"sources": time.monotonic() - started}
     started = time.monotonic()
     with runstate.lock(out):
         trainer = _trainer(config, device, source)
@@ -81,7 +82,8 @@ def run(config: Config, out: Path, device: torch.device, *, resume: bool = False
             return
         pipeline.provenance = _provenance(config, out, source)
         model = pipeline.save(out / "model")
-        observer.finish(model, source, {"training": time.monotonic() - started})
+        seconds["training"] = time.monotonic() - started
+        observer.finish(model, source, seconds)
 
 
 def _trainer(config: Config, device: torch.device, source: Path | None) -> Trainer:
@@ -162,7 +164,7 @@ def _save(trainer: Trainer, config: Config, out: Path, done: int) -> None:
     runstate.save(out, done, trainer.state(), config=digest, keep=config.run.keep)
 
 
-def _source(config: Config, out: Path, device: torch.device, *, resume: bool) -> Path | None:
+def _source(config: Config, out: Path, device: torch.device) -> Path | None:
     """The model folder a run starts from: its teacher (vsd) or its VAE (denoise).
 
     A folder is taken as it is. A name is that of a model shipped with the package, else of a recipe

@@ -102,7 +102,7 @@ class VAETrainer:
         self.spec = zoo.preset(config.model.preset)
         if not isinstance(self.spec.vae, VAEConfig):
             raise ValueError(f"model.preset: {self.spec.arch} has no VAE that learns")
-        net = zoo.fresh(self.spec, "vae", config.run.seed).to(memory_format=torch.channels_last)
+        net = zoo.fresh(self.spec, "vae", config.run.seed)
         self.vae = _spread(net, config, device)
         self.optimizer = Optimizer(config.optim.student, config.run.steps, vae=self.vae)
         self.average = EMA(self.vae, config.ema.decay, _dtype(config))
@@ -426,6 +426,8 @@ def _spread(net: Any, config: Config, device: torch.device) -> Any:
     """Activation checkpointing and FSDP2 as the recipe says; in place."""
     if config.parallel.checkpointing:
         parallel.checkpoint_blocks(net.blocks())
+    if not parallel.is_sharded(config.parallel.shard):  # FSDP2 takes contiguous parameters only
+        net.to(memory_format=torch.channels_last)
     return parallel.shard(
         net,
         net.blocks(),
