@@ -177,8 +177,9 @@ class Optim:
     betas: tuple[float, float] = _key((0.9, 0.999), "AdamW's betas", low=0, high=0.999999)
     weight_decay: float = _key(0.0, "AdamW's decoupled weight decay", low=0)
     clip: float = _key(1.0, "largest norm of the gradient; 0 does not clip", low=0)
-    schedule: Literal["constant", "cosine"] = _key(
-        "constant", "course of the learning rate; cosine ends at 0"
+    schedule: Literal["constant", "cosine", "trapezoid"] = _key(
+        "constant",
+        "course of the learning rate; cosine ends at 0, trapezoid falls to 0 in the last 30 %",
     )
     warmup: int = _key(0, "steps of linear warm-up", low=0)
 

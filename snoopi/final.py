@@ -41,9 +41,9 @@ GRID = 10  # pictures in a row of a grid
 KEEP_BOUND = 0.97  # a strength must keep this share of what the unguided pictures get right
 # Fig. 3's baselines beside NASA; each gets the same search over its own strengths.
 BASELINES: dict[str, tuple[float, ...]] = {
-    "nasa-centred": (0.5, 0.75, 1.0, 1.25, 1.5, 2.0),
-    "embed-sub": (0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
-    "cfg": (1.25, 1.5, 1.75, 2.0, 2.5, 3.0),
+    "nasa-centred": (0.5, 0.75, 1.0, 1.5, 2.0),
+    "embed-sub": (0.25, 0.5, 0.75, 1.0, 1.5),
+    "cfg": (1.25, 1.5, 2.0, 2.5, 3.0),
 }
 
 
@@ -90,13 +90,18 @@ class Observer:
         summary: dict[str, Any],
         removal: dict[str, Any],
         table: list[dict[str, Any]],
+        last: dict[str, Any] | None = None,
     ) -> None:
-        """report.html, summary.json, the figures' PNG files, and the same in the terminal."""
+        """report.html, summary.json, the figures' PNG files, and the same in the terminal.
+
+        last: figures of the finished model, the last point of the curves.
+        """
+        end = {"step": self.config.run.steps, **(last or {})}
         report = Report(
             title=f"snoopi: {self.out.name}",
             summary=summary,
             recipe_toml=recipes.to_toml(self.config),
-            rows=read(self.out / "metrics.jsonl"),
+            rows=[*read(self.out / "metrics.jsonl"), end],
             grids=figures,
             removal=removal,
             guidance_table=table,
@@ -161,8 +166,7 @@ class StudentObserver(TeacherObserver):
         if pipeline is None or not self.config.evaluate.prompts:
             return {}
         quality = self.ruler.measure(drawer(pipeline, 1, 1.0), self.config.evaluate.batch)
-        names = ("all_right", "frechet", "precision", "recall")
-        return {name: getattr(quality, name) for name in names}
+        return _curves(quality)
 
     def finish(self, model: Path, source: Path | None, seconds: dict[str, float]) -> None:
         """The student beside its teacher; NASA and its baselines under negative prompts."""
@@ -187,7 +191,14 @@ class StudentObserver(TeacherObserver):
             removal = result.to_dict()
             figures.append(_strip(student, many.scales))
             seconds["negatives"] = time.monotonic() - started
-        self.write(figures, {**summary, "seconds": seconds}, removal, table)
+        last = _curves(qualities["student"])
+        self.write(figures, {**summary, "seconds": seconds}, removal, table, last)
+
+
+def _curves(quality: Quality) -> dict[str, float]:
+    """The figures that are followed over training."""
+    names = ("all_right", "frechet", "precision", "recall")
+    return {name: getattr(quality, name) for name in names}
 
 
 OBSERVERS: dict[str, type[Observer]] = {

@@ -111,10 +111,12 @@ def fit(trainer: Trainer, config: Config, out: Path, observer: Observer, *, resu
             row = trainer.step(step)
             done, pictures = step + 1, pictures + config.run.batch
             _check_finite(row, trainer, step)
-            if done % config.run.log == 0 or done == steps:
+            # The last step is measured by observer.finish, on the model folder as it was written.
+            looking = every > 0 and done % every == 0 and done < steps
+            if looking or done % config.run.log == 0 or done == steps:
                 row = parallel.mean(row)
                 row["images_per_s"] = pictures / (time.monotonic() - clock)
-                if every and (done % every == 0 or done == steps):
+                if looking:
                     row |= observer.look(trainer.pipeline(), done)
                 log.write(done, row)
                 clock, pictures = time.monotonic(), 0

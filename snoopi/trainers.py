@@ -30,6 +30,7 @@ from snoopi.runstate import OptimizerState, trainable
 from snoopi.samplers import one_step
 from snoopi.worlds.shapes import ShapesWorld
 
+TAIL = 0.3  # share of a run in which a trapezoid's learning rate falls
 FIT_PICTURES = 2048  # pictures behind the patch transform's principal components
 
 
@@ -58,11 +59,19 @@ class Part(NamedTuple):
 
 
 def lr_factor(optim: Optim, step: int, steps: int) -> float:
-    """Linear warm-up times (for "cosine") a half cosine to 0 over the run."""
+    """The learning rate of step `step` as a share of the recipe's: warm-up, then its schedule.
+
+    "cosine": half a cosine to 0 over the run. "trapezoid": flat, then a line to 0 over the last
+    TAIL of the run.
+    """
     warm = min(1.0, (step + 1) / optim.warmup) if optim.warmup else 1.0
-    if optim.schedule == "constant":
-        return warm
-    return warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+    left = 1 - step / steps
+    course = {
+        "constant": 1.0,
+        "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left))),
+        "trapezoid": min(1.0, left / TAIL),
+    }
+    return warm * course[optim.schedule]
 
 
 class Optimizer:

@@ -184,6 +184,15 @@ def test_a_run_does_not_overwrite_another(whole: Path) -> None:
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
+def test_looks_do_not_depend_on_the_rows_logged(whole: Path) -> None:
+    out = whole.parent / "looks"
+    run("debug", "evaluate.every=7", "evaluate.removal=0", "run.log=20", "--out", str(out))
+    assert [row["step"] for row in rows(out)] == [7, 14, 20]
+    assert all(row["frechet"] > 0 for row in rows(out)[:2])
+    names = {path.name for path in (out / "samples").glob("step-*.png")}
+    assert names == {"step-000007.png", "step-000014.png"}
+
+
 def test_dry_run_and_print_config_write_nothing(tmp_path: Path) -> None:
     for flag in ("--dry-run", "--print-config"):
         printed = run("shapes_teacher", flag, "--out", str(tmp_path / "out")).stdout

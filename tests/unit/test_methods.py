@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from snoopi import lora, zoo
 from snoopi.conditioning import Conditioning, concat
+from snoopi.config import Optim
 from snoopi.guidance import cfg
 from snoopi.methods.autoencode import autoencoding_loss
 from snoopi.methods.denoise import (
@@ -29,6 +30,7 @@ from snoopi.methods.vsd import (
 from snoopi.models.vae import VAE, PatchVAE, PatchVAEConfig, VAEConfig
 from snoopi.noise import Noise
 from snoopi.schedule import Schedule
+from snoopi.trainers import lr_factor
 
 NOISE = Noise(5)
 SPEC = zoo.preset("debug")
@@ -220,3 +222,17 @@ def test_patch_vae_is_the_best_linear_code() -> None:
     latents = vae.encode(pictures)
     torch.testing.assert_close(vae.decode(latents), pictures, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(5), rtol=1e-2, atol=1e-2)
+
+
+def test_learning_rate_schedules() -> None:
+    def course(schedule: str, warmup: int = 0) -> list[float]:
+        optim = Optim(schedule=schedule, warmup=warmup)  # type: ignore[arg-type]
+        return [lr_factor(optim, step, 100) for step in range(100)]
+
+    assert course("constant") == [1.0] * 100
+    cosine = course("cosine", warmup=10)
+    assert cosine[0] == pytest.approx(0.1) and cosine[50] == pytest.approx(0.5)
+    assert cosine[99] < 0.001
+    flat = course("trapezoid")
+    assert flat[:71] == [1.0] * 71
+    assert flat[85] == pytest.approx(0.5) and flat[99] == pytest.approx(1 / 30)
