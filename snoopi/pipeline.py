@@ -94,7 +94,8 @@ class Pipeline:
         negative: what to steer away from, one for all or one per prompt; "" and None mean none
         (for "cfg" they mean the null prompt). guidance: "nasa", "nasa-centred", "nag", "vsf",
         "embed-sub" (subtract text embeddings), "cfg" (of the model's outputs, every step) or
-        "none". scale: its strength; for "cfg" it is kappa (1 = off). None: the model's default.
+        "none". A multi-step model runs under CFG at its own kappa besides, but for "none".
+        scale: its strength; for "cfg" it is kappa (1 = off). None: the model's default.
         steps: None is one step for a one-step model, else the model's default with DDIM.
         size: (height, width) in pixels. Picture i of a prompt uses noise i of `seed`, whatever
         the batch. Raises ValueError for what it cannot do.
@@ -157,14 +158,20 @@ class Pipeline:
         if scale is None:
             scale = self._default_scale(guidance)
         negatives = list(negatives or [None] * len(prompts))
-        null = None
+        null, kappa = None, scale if guidance == "cfg" else self.spec.kappa
         if guidance == "cfg" and scale != 1:
             null = self.encode([n or "" for n in negatives]) if any(negatives) else self.null()
+        elif guidance in self._over_cfg():
+            null = self.null()
         cond = self.condition(prompts, negatives, guidance, scale)
         backbone = self.backbone
         assert backbone is not None
         z = z.to(next(backbone.parameters()).device)
-        return self._sample(cond, z, null, scale, steps)
+        return self._sample(cond, z, null, kappa, steps)
+
+    def _over_cfg(self) -> tuple[str, ...]:
+        """Guidances under which the model runs with CFG besides: a multi-step model needs it."""
+        return () if self.spec.one_step else (*GUIDANCES, "embed-sub")
 
     def _sample(
         self,

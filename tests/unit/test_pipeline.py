@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from snoopi.worlds.shapes import ShapesWorld
 
 def tiny() -> Pipeline:
     """A whole untrained pipeline of the debug preset."""
-    spec, tokenizer = zoo.preset("debug"), ShapesWorld().tokenizer()
+    spec = dataclasses.replace(zoo.preset("debug"), one_step=zoo.OneStep())
+    tokenizer = ShapesWorld().tokenizer()
     nets = {part: zoo.fresh(spec, part, 0).eval() for part in spec.parts()}
     out = nets["backbone"].conv_out.weight
     out.data.copy_(0.1 * Noise(1).normal("out", 0, [0], out.shape)[0])
@@ -145,6 +147,18 @@ def test_cfg_follows_equation_5() -> None:
     null = pipeline.latents([""], z, guidance="none", steps=1)
     out = pipeline.latents(["a star"], z, [""], "cfg", 0.0, 1)
     torch.testing.assert_close(out, null, rtol=1e-4, atol=1e-5)
+
+
+def test_a_multi_step_model_runs_under_its_own_kappa() -> None:
+    pipeline = tiny()
+    pipeline.spec = dataclasses.replace(pipeline.spec, one_step=None, kappa=3.0)
+    z = pipeline.noise(0, [0])
+    default = pipeline.latents(["a star"], z, steps=2)
+    assert torch.equal(default, pipeline.latents(["a star"], z, guidance="cfg", steps=2))
+    plain = pipeline.latents(["a star"], z, guidance="none", steps=2)
+    assert (default - plain).abs().max() > 1e-3
+    steered = pipeline.latents(["a star"], z, ["red"], "nasa", 0.5, steps=2)
+    assert (steered - default).abs().max() > 1e-3
 
 
 def test_the_shipped_models_load() -> None:
