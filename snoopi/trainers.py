@@ -353,9 +353,10 @@ class Distiller:
         with parallel.autocast(self.device, self.config.run.dtype):
             scores = teacher_scores(self.pair, x_t, t, part.cond, self.null, kappa, kappa_lora)
         gradient = vsd_gradient(self.schedule, scores, x0, x_t, t, vsd.weight, vsd.normaliser)
-        gap = (scores.teacher - scores.lora_teacher).square().mean().sqrt()
+        # Means over samples, so that parts and ranks add up to the figure of the whole batch.
+        gap = (scores.teacher - scores.lora_teacher).square().flatten(1).mean(1).sqrt().mean()
         row = {"gap": gap, "kappa_mean": kappa.mean(), "kappa_lora_mean": kappa_lora.mean()}
-        return gradient, {**row, "x0_std": x0.std()}
+        return gradient, {**row, "x0_std": x0.flatten(1).std(1).mean()}
 
     def _update_lora(
         self, draw: int, parts: Sequence[Part], pictures: Sequence[Tensor]
