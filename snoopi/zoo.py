@@ -129,11 +129,11 @@ _SDXL = ModelSpec(
 _SHAPES = ModelSpec(
     "shapes",
     UNetConfig(
-        channels=(64, 128),
+        channels=(64, 112),
         resnets=1,
         depth=(1, 1),
         mid_depth=1,
-        heads=(4, 8),
+        heads=(4, 7),
         text_width=80,
         linear_proj=True,
         norm_groups=16,
