@@ -68,6 +68,7 @@ class Model:
     """Which networks a run starts from."""
 
     preset: str = _key("shapes", "zoo preset to build from scratch (not method vsd)")
+    store: Literal["fp32", "fp16"] = _key("fp32", "storage of the weights in the model folder")
     vae: str = _key(
         "", "model folder, or name of the recipe that trains the VAE (method denoise); '': none"
     )
@@ -237,10 +238,16 @@ class Evaluate:
     batch: int = _key(100, "pictures made at once", low=1)
     removal: int = _key(200, "prompts with a negative; 0 leaves the removal test out", low=0)
     scales: tuple[float, ...] = _key(
-        (0.5, 1.0, 1.5, 2.0), "NASA strengths to try in the removal test", low=0
+        (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0),
+        "strengths to try of each way to use a negative prompt, in units of its own (NASA: alpha)",
+        low=0,
     )
+    teacher: bool = _key(True, "measure the teacher beside its student (method vsd)")
     teacher_steps: int = _key(25, "sampler steps of the teacher it is compared with", low=1)
     teacher_kappa: float = _key(2.25, "guidance scale of that teacher", low=0)
+    teacher_kappas: tuple[float, ...] = _key(
+        (4.0,), "further guidance scales at which a teacher is measured (method denoise)", low=0
+    )
 
 
 @dataclass(frozen=True)
@@ -264,8 +271,8 @@ class Config:
 _DISTIL = ("kappa", "vsd", "lora", "optim.lora", "model.teacher", "model.student_init")
 # Sections and keys that a method does not read. Setting one is an error: it would change nothing.
 _UNREAD: dict[str, tuple[str, ...]] = {
-    "vsd": ("denoise", "autoencode", "model.preset", "model.vae"),
-    "denoise": (*_DISTIL, "autoencode"),
+    "vsd": ("denoise", "autoencode", "model.preset", "model.vae", "evaluate.teacher_kappas"),
+    "denoise": (*_DISTIL, "autoencode", "evaluate.teacher"),
     "autoencode": (*_DISTIL, "denoise", "model.vae", "data.null", "data.dropout"),
 }
 

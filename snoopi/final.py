@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,8 @@ from torch import Tensor
 
 from snoopi import config as recipes
 from snoopi.config import Config
-from snoopi.evaluate.removal import (
-    Choice,
-    Generate,
-    RemovalReport,
-    choose_scale,
-    removal_experiment,
-)
-from snoopi.evaluate.world import Draw, Quality, Ruler, pick
+from snoopi.evaluate.negatives import EVALUATION_SEED, GuidanceTable, guidance_table
+from snoopi.evaluate.world import Draw, Quality, Ruler, gap_closed, pick
 from snoopi.noise import Noise
 from snoopi.pictures import grid, save_png
 from snoopi.pipeline import Pipeline, load
@@ -35,16 +29,9 @@ from snoopi.runlog import read
 from snoopi.worlds.judge import Judge
 from snoopi.worlds.shapes import ShapesWorld
 
-EVALUATION_SEED = 1_000_003  # prompts and noise of measurements, apart from any run's seed
-TUNING_SEED = 1_000_033  # prompts and noise on which strengths are chosen
 GRID = 10  # pictures in a row of a grid
-KEEP_BOUND = 0.97  # a strength must keep this share of what the unguided pictures get right
-# Fig. 3's baselines beside NASA; each gets the same search over its own strengths.
-BASELINES: dict[str, tuple[float, ...]] = {
-    "nasa-centred": (0.5, 0.75, 1.0, 1.5, 2.0),
-    "embed-sub": (0.25, 0.5, 0.75, 1.0, 1.5),
-    "cfg": (1.25, 1.5, 2.0, 2.5, 3.0),
-}
+LOOKS = 3  # evaluations behind the means over the end of a run
+FOLLOWED = ("all_right", "frechet", "precision", "recall")  # the figures of a look
 
 
 class Observer:
@@ -135,7 +122,12 @@ class TeacherObserver(Observer):
             print(f"wrote {model}", flush=True)
             return
         started, pipeline = time.monotonic(), load(model, optimize="auto")
-        qualities, pictures = self.measure(self.teacher_drawers(pipeline))
+        steps = self.config.evaluate.teacher_steps
+        drawers = self.teacher_drawers(pipeline) | {
+            f"teacher_{steps}_kappa_{kappa:g}": drawer(pipeline, steps, kappa)
+            for kappa in self.config.evaluate.teacher_kappas
+        }
+        qualities, pictures = self.measure(drawers)
         seconds = {**seconds, "quality": time.monotonic() - started}
         figure = _comparison(self.config, self.ruler, pictures)
         self.write([figure], {**_summary(qualities), "seconds": seconds}, {}, [])
@@ -176,29 +168,69 @@ class StudentObserver(TeacherObserver):
             print(f"wrote {model}", flush=True)
             return
         started, student = time.monotonic(), load(model, optimize="auto")
-        drawers = self.teacher_drawers(load(source, optimize="auto")) | {
-            "student": drawer(student, 1, 1.0)
-        }
+        drawers = {"student": drawer(student, 1, 1.0)}
+        if many.teacher:
+            drawers = self.teacher_drawers(load(source, optimize="auto")) | drawers
         qualities, pictures = self.measure(drawers)
         seconds = {**seconds, "quality": time.monotonic() - started}
         figures = [_comparison(self.config, self.ruler, pictures)]
+        last = _curves(qualities["student"])
+        looks = [*read(self.out / "metrics.jsonl"), last]
         summary, removal = _summary(qualities), {}
+        summary["end"] = end_means(looks, qualities)
         table: list[dict[str, Any]] = []
         if many.removal:
             started = time.monotonic()
-            choice, result, table = _negatives(self.config, student)
-            summary |= {"nasa_scale": choice.scale, "nasa_scale_within_bound": choice.met}
-            removal = result.to_dict()
+            count = max(1, many.removal // len(self.world.attributes))
+            found = guidance_table(student, many.scales, count, many.batch)
+            removal, table = found.methods["nasa"].report.tables(), found.rows()
+            summary |= _guidance_summary(found)
             figures.append(_strip(student, many.scales))
             seconds["negatives"] = time.monotonic() - started
-        last = _curves(qualities["student"])
         self.write(figures, {**summary, "seconds": seconds}, removal, table, last)
 
 
 def _curves(quality: Quality) -> dict[str, float]:
     """The figures that are followed over training."""
-    names = ("all_right", "frechet", "precision", "recall")
-    return {name: getattr(quality, name) for name in names}
+    return {name: getattr(quality, name) for name in FOLLOWED}
+
+
+def end_means(
+    rows: Sequence[Mapping[str, Any]], qualities: Mapping[str, Quality] | None = None
+) -> dict[str, float]:
+    """Means of the followed figures over a run's last evaluations (at most LOOKS of them).
+
+    A single Frechet distance jumps between evaluations, so runs are compared by these.
+
+    Args:
+        rows: metrics.jsonl, with the finished model's figures as the last row.
+        qualities: the teacher's, for the share of the gap that is closed.
+    """
+    looks = [row for row in rows if all(name in row for name in FOLLOWED)][-LOOKS:]
+    means = {name: sum(row[name] for row in looks) / len(looks) for name in FOLLOWED}
+    teacher = qualities or {}
+    if "teacher_1" in teacher and "teacher_25" in teacher:
+        one, many = teacher["teacher_1"].frechet, teacher["teacher_25"].frechet
+        if one > many:
+            means["gap_closed"] = gap_closed(means["frechet"], one, many)
+    return {"evaluations": len(looks), **means}
+
+
+def _guidance_summary(table: GuidanceTable) -> dict[str, Any]:
+    """What the summary says of negative prompts: NASA's figures, and which method is best."""
+    nasa, best = table.methods["nasa"], table.best()
+    total = best.report.targeted["total"]
+    return {
+        "nasa_scale": nasa.choice.scale,
+        "nasa_scale_within_bound": nasa.choice.met,
+        "free_before": table.free_before,
+        "frechet_before_negatives": table.frechet_before,
+        "best_guidance": best.name,
+        "best_guidance_scale": best.choice.scale,
+        "best_guidance_easy": best.report.easy["total"].free,
+        "best_guidance_targeted": total.free,
+        "best_guidance_same": total.same,
+    }
 
 
 OBSERVERS: dict[str, type[Observer]] = {
@@ -223,21 +255,6 @@ def drawer(pipeline: Pipeline, steps: int, kappa: float) -> Draw:
     return draw
 
 
-def guided_drawer(pipeline: Pipeline, mode: str, seed: int) -> Callable[[float], Generate]:
-    """Pictures of prompts with negatives, by strength, as evaluate.removal asks for them."""
-
-    def at(scale: float) -> Generate:
-        def generate(prompts: list[str], negatives: list[str] | None, indices: list[int]) -> Tensor:
-            z = pipeline.noise(seed, indices)
-            if negatives is None:
-                return pipeline.pictures(prompts, z, guidance="none")
-            return pipeline.pictures(prompts, z, negatives, mode, scale)
-
-        return generate
-
-    return at
-
-
 def _summary(qualities: dict[str, Quality]) -> dict[str, Any]:
     """The contract's headline figures, and precision and recall beside them."""
     best = qualities.get("student", qualities["teacher_25"])
@@ -251,50 +268,9 @@ def _summary(qualities: dict[str, Quality]) -> dict[str, Any]:
     for name, quality in qualities.items():
         summary[f"frechet_{name}"] = quality.frechet
         if quality is not best:
-            summary[f"all_right_{name}"] = quality.all_right
+            for figure in ("all_right", "precision", "recall"):
+                summary[f"{figure}_{name}"] = getattr(quality, figure)
     return summary
-
-
-def _negatives(
-    config: Config, student: Pipeline
-) -> tuple[Choice, RemovalReport, list[dict[str, Any]]]:
-    """Choose each method's strength on tuning prompts, then measure it once on others."""
-    many, world, judge = config.evaluate, ShapesWorld(), Judge.load()
-    count = max(1, many.removal // len(world.attributes))
-    scales = {"nasa": many.scales, **BASELINES}
-    chosen, results = {}, {}
-    for mode, values in scales.items():
-        chosen[mode] = choose_scale(
-            guided_drawer(student, mode, TUNING_SEED),
-            judge,
-            world,
-            Noise(TUNING_SEED),
-            values,
-            keep_bound=KEEP_BOUND,
-            count=count,
-            split="train",
-            batch=many.batch,
-        )
-        generate = guided_drawer(student, mode, EVALUATION_SEED)(chosen[mode].scale)
-        results[mode] = removal_experiment(
-            generate, judge, world, Noise(EVALUATION_SEED), count=count, batch=many.batch
-        )
-    table = [_row(mode, chosen[mode], results[mode]) for mode in scales]
-    return chosen["nasa"], results["nasa"], table
-
-
-def _row(mode: str, choice: Choice, result: RemovalReport) -> dict[str, Any]:
-    """One line of the guidance table: totals on the reporting prompts."""
-    easy, targeted = result.easy["total"], result.targeted["total"]
-    return {
-        "method": mode,
-        "scale": choice.scale,
-        "easy": easy.free,
-        "targeted": targeted.free,
-        "targeted 95 %": f"{100 * targeted.free_low:.1f} to {100 * targeted.free_high:.1f}",
-        "keep_ratio": targeted.keep_ratio,
-        "same": targeted.same,
-    }
 
 
 def _comparison(config: Config, ruler: Ruler, pictures: dict[str, Tensor]) -> Figure:

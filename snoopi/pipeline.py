@@ -284,23 +284,26 @@ class Pipeline:
                 net.to(device=device, dtype=dtype)
         return self
 
-    def save(self, folder: Path | str) -> Path:
-        """Write the model folder atomically: all of it appears at once, or nothing changes."""
+    def save(self, folder: Path | str, dtype: torch.dtype | None = None) -> Path:
+        """Write the model folder atomically: all of it appears at once, or nothing changes.
+
+        dtype: storage of floating-point weights; None: as they are.
+        """
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            self._write(temporary)
+            self._write(temporary, dtype)
             temporary.chmod(0o755)
             _replace(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return folder
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
         for part, net in self._networks().items():
             if net is not None:
-                state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+                state = {k: _stored(v, dtype) for k, v in net.state_dict().items()}
                 path = folder / f"{part}.safetensors"
                 save_file(state, path)
                 path.chmod(0o644)  # safetensors makes it readable by its owner alone
@@ -324,8 +327,9 @@ def load(
 ) -> Pipeline:
     """A Pipeline from a model folder: memory-mapped safetensors assigned to meta networks.
 
-    dtype: None keeps the stored one. optimize: "none", or "auto" for weights laid out for inference
-    (in this version convolutions in channels-last, which equals "none" up to rounding).
+    dtype: None keeps the stored one, but on the CPU reads fp16 as fp32: torch's CPU kernels have
+    little fp16, and it would be slower besides. optimize: "none", or "auto" for weights laid out
+    for inference (in this version convolutions in channels-last, equal to "none" up to rounding).
     Raises ValueError for a folder that is not a model folder, or whose files do not fit its
     snoopi.json.
     """
@@ -333,7 +337,8 @@ def load(
         raise ValueError(f"optimize must be 'none' or 'auto', got {optimize!r}")
     folder = Path(path)
     spec, provenance = read_spec(folder)
-    parts = {part: _load_part(folder, spec, part, dtype) for part in spec.parts()}
+    widen = dtype is None and torch.device(device).type == "cpu"
+    parts = {part: _load_part(folder, spec, part, dtype, widen) for part in spec.parts()}
     tokenizers = [_load_tokenizer(folder, i) for i in range(len(spec.text))]
     texts = [parts[text_part(i)] for i in range(len(spec.text))]
     pipeline = Pipeline(spec, parts["backbone"], parts["vae"], texts, tokenizers, provenance)
@@ -373,8 +378,13 @@ def read_spec(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def load_weights(net: nn.Module, path: Path, dtype: torch.dtype | None = None) -> nn.Module:
-    """Fill a meta network from a safetensors file, strictly: every key used, every shape equal."""
+def load_weights(
+    net: nn.Module, path: Path, dtype: torch.dtype | None = None, widen: bool = False
+) -> nn.Module:
+    """Fill a meta network from a safetensors file, strictly: every key used, every shape equal.
+
+    dtype: of floating-point weights; None keeps each one's. widen: fp16 becomes fp32.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -395,15 +405,25 @@ def load_weights(net: nn.Module, path: Path, dtype: torch.dtype | None = None) -
         )
     if dtype is not None:
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    if widen:
+        state = {k: v.float() if v.dtype == torch.float16 else v for k, v in state.items()}
     net.load_state_dict(state, assign=True)
     return net
 
 
 def _load_part(
-    folder: Path, spec: ModelSpec, part: str, dtype: torch.dtype | None
+    folder: Path, spec: ModelSpec, part: str, dtype: torch.dtype | None, widen: bool
 ) -> nn.Module | None:
     path = folder / f"{part}.safetensors"
-    return load_weights(build(spec, part), path, dtype) if path.is_file() else None
+    return load_weights(build(spec, part), path, dtype, widen) if path.is_file() else None
+
+
+def _stored(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A weight as it is written: on the CPU, contiguous, floats in `dtype`."""
+    value = value.detach().cpu()
+    if dtype is not None and value.is_floating_point():
+        value = value.to(dtype)
+    return value.contiguous()
 
 
 def _load_tokenizer(folder: Path, index: int) -> Tokenizer | None:

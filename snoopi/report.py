@@ -53,9 +53,10 @@ _TITLES = {
     "removal_targeted": "Removal, targeted",
     "keep_ratio": "Kept with a negative prompt",
     "nasa_scale": "NASA strength",
+    "end": "Means over the last evaluations",
 }
 
-_COLUMNS = {"scale": "strength", "keep_ratio": "kept"}  # short, for the head of a table
+_COLUMNS = {"scale": "strength", "keep_ratio": "of unguided"}  # short, for the head of a table
 
 
 class _PlotKind(NamedTuple):
@@ -164,8 +165,12 @@ def print_report(report: Report, file: TextIO | None = None) -> None:
         cells = [_removal_cells(name, row) for name, row in _total_last(rows)]
         print(text_table([h.lower() for h in _REMOVAL_HEADERS], cells), file=out)
     if report.guidance_table:
-        headers, cells = _guidance_cells(report.guidance_table)
-        print(f"\nWays to use a negative prompt\n{text_table(headers, cells)}", file=out)
+        print(f"\nWays to use a negative prompt\n{guidance_text(report.guidance_table)}", file=out)
+
+
+def guidance_text(table: Sequence[Mapping[str, Any]]) -> str:
+    """A guidance table (Report.guidance_table) as aligned text."""
+    return text_table(*_guidance_cells(table))
 
 
 def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

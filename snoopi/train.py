@@ -7,6 +7,7 @@ torchrun [--nproc-per-node N] -m snoopi.train [RECIPE] [section.key=value ...]
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import os
 import signal
@@ -23,15 +24,24 @@ from snoopi import parallel, runstate, zoo
 from snoopi.config import Config
 from snoopi.final import OBSERVERS, Observer
 from snoopi.pictures import write_atomically
-from snoopi.pipeline import load, shipped, shipped_or_path
+from snoopi.pipeline import SHIPPED, load, shipped, shipped_or_path
 from snoopi.runlog import RunLog
 from snoopi.trainers import Distiller, TeacherTrainer, Trainer, VAETrainer
 
 DEFAULT = "pgsb_shapes_gap"
+STORES = {"fp32": torch.float32, "fp16": torch.float16}  # model.store
 
 
 # What a resumed run may change without changing a number of its steps.
-FREE = ("evaluate.", "parallel.", "run.log", "run.save", "run.keep", "run.accumulate")
+FREE = (
+    "evaluate.",
+    "model.store",
+    "parallel.",
+    "run.log",
+    "run.save",
+    "run.keep",
+    "run.accumulate",
+)
 
 
 class Stopped(Exception):
@@ -81,7 +91,7 @@ def run(config: Config, out: Path, device: torch.device, *, resume: bool = False
         if pipeline is None:
             return
         pipeline.provenance = _provenance(config, out, source)
-        model = pipeline.save(out / "model")
+        model = pipeline.save(out / "model", STORES[config.model.store])
         seconds["training"] = time.monotonic() - started
         observer.finish(model, source, seconds)
 
@@ -91,11 +101,13 @@ def _trainer(config: Config, device: torch.device, source: Path | None) -> Train
     if config.run.method == "autoencode":
         return VAETrainer(config, device)
     if config.run.method == "denoise":
-        return TeacherTrainer(config, device, load(source).vae if source else None)
+        vae = load(source, dtype=torch.float32).vae if source else None
+        return TeacherTrainer(config, device, vae)
     assert source is not None
     init = config.model.student_init
-    student = None if init == "teacher" else load(init)
-    return Distiller(config, device, load(source), student)
+    # Trained from fp32, however it is stored.
+    student = None if init == "teacher" else load(init, dtype=torch.float32)
+    return Distiller(config, device, load(source, dtype=torch.float32), student)
 
 
 def fit(trainer: Trainer, config: Config, out: Path, observer: Observer, *, resume: bool) -> None:
@@ -222,17 +234,26 @@ def _what(config: Config) -> str:
 
 
 def _provenance(config: Config, out: Path, source: Path | None) -> dict[str, Any]:
-    """Where a model folder comes from."""
+    """Where a model folder comes from: enough to make it again, to the bit on an equal machine."""
     return {
-        "source": str(source) if source else "",
+        "source": source.name if source and source.parent == SHIPPED else str(source or ""),
+        "source_sha256": _weights_sha256(source),
         "method": config.run.method,
         "recipe": out.name,
         "recipe_sha256": recipes.digest(config),
         "steps": config.run.steps,
         "seed": config.run.seed,
         "torch": torch.__version__,
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
         "world_size": parallel.world_size(),
     }
+
+
+def _weights_sha256(source: Path | None) -> dict[str, str]:
+    """SHA-256 of each weight file in the model folder that a run starts from."""
+    files = sorted(source.glob("*.safetensors")) if source else []
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def _say(text: str) -> None:

@@ -7,7 +7,8 @@ attribute, chosen in one of two ways:
     targeted   the value the same noise shows without guidance: no picture is free of it before
 
 A removal is worth little if the rest of the picture goes with it, so every figure comes with what
-was kept: the attributes that the prompt names (keep), and those that nobody named (same).
+was kept: the attributes that the prompt names (keep), those that nobody named (same), and the
+Frechet distance to real pictures that show the prompt and are free of the negative.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from snoopi.evaluate.fid import FeatureStats, frechet_distance, frechet_interval
 from snoopi.noise import Noise
 from snoopi.worlds.judge import Judge
 from snoopi.worlds.shapes import ShapesWorld
@@ -29,21 +31,42 @@ Generate = Callable[[list[str], list[str] | None, list[int]], Tensor]
 mean the same noise in every call."""
 
 KINDS = ("easy", "targeted")
+REAL_PER_PROMPT = 4  # real pictures behind a Frechet reference, for each prompt
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Rates in [0, 1] over n pictures; None where there was nothing to count."""
+    """Rates in [0, 1] over n pictures with Wilson 95 % intervals; None: there was nothing to count.
+
+    keep and same count attributes, several a picture: their intervals take these for independent.
+    """
 
     n: int
     free: float  # pictures that do not show the negative's value
-    free_low: float  # Wilson 95 % interval
+    free_low: float
     free_high: float
     free_before: float  # the same without guidance
     keep: float | None  # attributes named in the prompt that are right
+    keep_low: float | None
+    keep_high: float | None
     keep_before: float | None
     keep_ratio: float | None
     same: float | None  # attributes named by neither, unchanged by the guidance
+    same_low: float | None
+    same_high: float | None
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Frechet distance to real pictures of the prompts without what the negative names.
+
+    low, high: 95 % interval (fid.frechet_interval). before: without guidance.
+    """
+
+    frechet: float
+    low: float
+    high: float
+    before: float
 
 
 @dataclass(frozen=True)
@@ -52,10 +75,16 @@ class RemovalReport:
 
     easy: dict[str, Removal]
     targeted: dict[str, Removal]
+    fidelity: dict[str, Fidelity]  # "easy", "targeted"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts and numbers, for JSON."""
         return asdict(self)
+
+    def tables(self) -> dict[str, dict[str, Any]]:
+        """The rates alone, plain: {"easy" | "targeted": {attribute or "total": {...}}}."""
+        plain = self.to_dict()
+        return {kind: plain[kind] for kind in KINDS}
 
 
 @dataclass(frozen=True)
@@ -71,15 +100,22 @@ class Choice:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Cases:
+class _Read(NamedTuple):
+    """What the judge sees in n pictures."""
+
+    labels: Tensor  # int64 [n a]
+    features: Tensor  # [n d]
+
+
+class _Case(NamedTuple):
     """Prompts of one open attribute, and what the model shows for them without guidance."""
 
     attribute: str
     prompts: list[str]
     indices: list[int]
-    before: Tensor  # int64 [n a]
     named: Tensor  # int64 [n a], the value the prompt names or -1
+    before: _Read
+    negatives: dict[str, Tensor]  # kind -> int64 [n], the value the negative names
 
 
 @dataclass(frozen=True)
@@ -101,6 +137,8 @@ class _Tally:
 
     def rates(self) -> Removal:
         low, high = wilson(self.free, self.n)
+        keep_low, keep_high = _interval(self.right, self.named)
+        same_low, same_high = _interval(self.unchanged, self.others)
         return Removal(
             n=self.n,
             free=self.free / self.n,
@@ -108,9 +146,13 @@ class _Tally:
             free_high=high,
             free_before=self.free_before / self.n,
             keep=_share(self.right, self.named),
+            keep_low=keep_low,
+            keep_high=keep_high,
             keep_before=_share(self.right_before, self.named),
             keep_ratio=_share(self.right, self.right_before),
             same=_share(self.unchanged, self.others),
+            same_low=same_low,
+            same_high=same_high,
         )
 
 
@@ -151,131 +193,159 @@ def all_named_right(
     return complete, per
 
 
-def removal_experiment(
-    generate: Generate,
-    judge: Judge,
-    world: ShapesWorld,
-    noise: Noise,
-    *,
-    count: int = 400,
-    attributes: Sequence[str] | None = None,
-    split: str = "held-out",
-    batch: int = 64,
-    unguided: Generate | None = None,
-) -> RemovalReport:
-    """Removal by negative prompts (SNOOPI Tab. 7) on `count` prompts for each attribute.
+class RemovalTest:
+    """Removal by negative prompts (SNOOPI Tab. 7): prompts, negatives, and all but the guidance.
 
-    generate is called with at most `batch` prompts; with negatives None it must draw without
-    guidance (`unguided` may do that in its place). Pictures without guidance are drawn once.
+    What does not depend on the guidance is made once: the pictures without guidance and the real
+    ones. So methods and strengths are compared on the same prompts, negatives and noise.
+
+    Args:
+        unguided: draws without guidance; its negatives are always None.
+        count: prompts for each attribute.
+        attributes: which attributes are left open in turn; None: all of the world's.
+        split: the prompts' split of the world.
+        batch: most pictures drawn at once.
+
+    Raises:
+        ValueError: an unknown attribute or split, or nothing to draw.
     """
-    cases = _cases(unguided or generate, judge, world, noise, count, attributes, split, batch)
-    results = {kind: _rates(generate, judge, world, noise, cases, kind, batch) for kind in KINDS}
-    return RemovalReport(**results)
 
+    def __init__(
+        self,
+        unguided: Generate,
+        judge: Judge,
+        world: ShapesWorld,
+        noise: Noise,
+        *,
+        count: int = 400,
+        attributes: Sequence[str] | None = None,
+        split: str = "held-out",
+        batch: int = 64,
+    ) -> None:
+        if count < 1 or batch < 1:
+            raise ValueError(f"count and batch must be positive, got count={count} batch={batch}")
+        self.judge, self.world, self.noise, self.batch = judge, world, noise, batch
+        names = list(world.attributes) if attributes is None else list(attributes)
+        if not names:
+            raise ValueError("attributes must name at least one attribute")
+        self._cases = [self._case(unguided, name, count, split) for name in names]
+        self._references: dict[str, FeatureStats] = {}
 
-def choose_scale(
-    generate_at_scale: Callable[[float], Generate],
-    judge: Judge,
-    world: ShapesWorld,
-    noise: Noise,
-    scales: Sequence[float],
-    *,
-    keep_bound: float = 0.96,
-    count: int = 100,
-    attributes: Sequence[str] | None = None,
-    split: str = "train",
-    batch: int = 64,
-) -> Choice:
-    """The strength that removes most (targeted) with keep >= keep_bound * keep_before.
+    def measure(self, generate: Generate) -> RemovalReport:
+        """All figures of one way to use a negative prompt."""
+        tables, fidelity = {}, {}
+        for kind in KINDS:
+            reads = [self._guided(generate, case, kind) for case in self._cases]
+            tables[kind] = self._rates(reads, kind)
+            fidelity[kind] = self._fidelity(reads, kind)
+        return RemovalReport(**tables, fidelity=fidelity)
 
-    Works on tuning prompts: report the result on others. If no strength meets the bound, the one
-    that keeps most is returned with met = False. Raises ValueError without any strength.
-    """
-    if not scales:
-        raise ValueError("scales must name at least one guidance strength")
-    first = generate_at_scale(scales[0])
-    cases = _cases(first, judge, world, noise, count, attributes, split, batch)
-    results = {}
-    for scale in scales:
-        generate = generate_at_scale(scale)
-        table = _rates(generate, judge, world, noise, cases, "targeted", batch)
-        results[scale] = table["total"]
-    good = [s for s, r in results.items() if (r.keep_ratio or 0.0) >= keep_bound]
-    if good:
-        return Choice(max(good, key=lambda s: results[s].free), True, results)
-    return Choice(max(results, key=lambda s: results[s].keep or 0.0), False, results)
+    def choose_scale(
+        self,
+        generate_at_scale: Callable[[float], Generate],
+        scales: Sequence[float],
+        keep_bound: float = 0.96,
+    ) -> Choice:
+        """The strength that removes most (targeted) with keep >= keep_bound * keep_before.
 
+        Use it on tuning prompts, and report the result on others. If no strength meets the bound,
+        the one that keeps most is returned with met = False. Raises ValueError without strengths.
+        """
+        if not scales:
+            raise ValueError("scales must name at least one guidance strength")
+        results = {}
+        for scale in scales:
+            generate = generate_at_scale(scale)
+            reads = [self._guided(generate, case, "targeted") for case in self._cases]
+            results[scale] = self._rates(reads, "targeted")["total"]
+        good = [s for s, r in results.items() if (r.keep_ratio or 0.0) >= keep_bound]
+        if good:
+            return Choice(max(good, key=lambda s: results[s].free), True, results)
+        return Choice(max(results, key=lambda s: results[s].keep or 0.0), False, results)
 
-def _cases(
-    unguided: Generate,
-    judge: Judge,
-    world: ShapesWorld,
-    noise: Noise,
-    count: int,
-    attributes: Sequence[str] | None,
-    split: str,
-    batch: int,
-) -> list[_Cases]:
-    if count < 1 or batch < 1:
-        raise ValueError(f"count and batch must be positive, got count={count} batch={batch}")
-    cases = []
-    for attribute in attributes if attributes is not None else world.attributes:
-        prompts = world.removal_cases(noise, attribute, count, split)
-        first = list(world.attributes).index(attribute) * count  # other noise for each attribute
+    def _case(self, unguided: Generate, attribute: str, count: int, split: str) -> _Case:
+        prompts = self.world.removal_cases(self.noise, attribute, count, split)
+        column = list(self.world.attributes).index(attribute)
+        first = column * count  # other noise for each attribute
         indices = list(range(first, first + count))
-        before = _judged(unguided, judge, prompts, None, indices, batch)
-        cases.append(_Cases(attribute, prompts, indices, before, _named(world, prompts)))
-    if not cases:
-        raise ValueError("attributes must name at least one attribute")
-    return cases
+        before = self._read(unguided, prompts, None, indices)
+        stream, values = f"removal.negative.{attribute}", self.world.attributes[attribute]
+        negatives = {
+            "easy": self.noise.integers(stream, 0, indices, 0, len(values)),
+            "targeted": before.labels[:, column],
+        }
+        return _Case(attribute, prompts, indices, _named(self.world, prompts), before, negatives)
 
+    def _guided(self, generate: Generate, case: _Case, kind: str) -> _Read:
+        values = case.negatives[kind].tolist()
+        words = [self.world.bare_word(case.attribute, value) for value in values]
+        return self._read(generate, case.prompts, words, case.indices)
 
-def _rates(
-    generate: Generate,
-    judge: Judge,
-    world: ShapesWorld,
-    noise: Noise,
-    cases: Sequence[_Cases],
-    kind: str,
-    batch: int,
-) -> dict[str, Removal]:
-    tallies = {}
-    for case in cases:
-        values = _negatives(world, noise, case, kind)
-        words = [world.bare_word(case.attribute, value) for value in values.tolist()]
-        after = _judged(generate, judge, case.prompts, words, case.indices, batch)
-        tallies[case.attribute] = _count(world, case, values, after)
-    total = sum(tallies.values(), _Tally())
-    return {name: tally.rates() for name, tally in {**tallies, "total": total}.items()}
+    def _read(
+        self,
+        generate: Generate,
+        prompts: list[str],
+        negatives: list[str] | None,
+        indices: list[int],
+    ) -> _Read:
+        """What the judge reads in the pictures; they are not kept."""
+        labels, features = [], []
+        for start in range(0, len(prompts), self.batch):
+            part = slice(start, start + self.batch)
+            words = None if negatives is None else negatives[part]
+            pictures = generate(prompts[part], words, indices[part])
+            if len(pictures) != len(prompts[part]):
+                raise ValueError(
+                    f"generate gave {len(pictures)} pictures for {len(prompts[part])} prompts"
+                )
+            features.append(self.judge.features(pictures))
+            labels.append(self.judge.labels_of(features[-1]))
+        return _Read(torch.cat(labels), torch.cat(features))
 
+    def _rates(self, reads: Sequence[_Read], kind: str) -> dict[str, Removal]:
+        tallies = {
+            case.attribute: _count(self.world, case, case.negatives[kind], read.labels)
+            for case, read in zip(self._cases, reads, strict=True)
+        }
+        total = sum(tallies.values(), _Tally())
+        return {name: tally.rates() for name, tally in {**tallies, "total": total}.items()}
 
-def _negatives(world: ShapesWorld, noise: Noise, case: _Cases, kind: str) -> Tensor:
-    """The value each negative names, int64 [n]."""
-    if kind == "targeted":
-        return case.before[:, list(world.attributes).index(case.attribute)]
-    stream, values = f"removal.negative.{case.attribute}", world.attributes[case.attribute]
-    return noise.integers(stream, 0, case.indices, 0, len(values))
+    def _fidelity(self, reads: Sequence[_Read], kind: str) -> Fidelity:
+        if kind not in self._references:
+            self._references[kind] = self._reference(kind)
+        real = self._references[kind]
+        features = torch.cat([read.features for read in reads])
+        before = torch.cat([case.before.features for case in self._cases])
+        low, high = frechet_interval(features, real)
+        distance = frechet_distance(FeatureStats.of(features), real)
+        return Fidelity(distance, low, high, frechet_distance(FeatureStats.of(before), real))
 
+    def _reference(self, kind: str) -> FeatureStats:
+        """Features of real pictures that show each prompt and not its negative.
 
-def _judged(
-    generate: Generate,
-    judge: Judge,
-    prompts: list[str],
-    negatives: list[str] | None,
-    indices: list[int],
-    batch: int,
-) -> Tensor:
-    """What the judge reads in the pictures, int64 [n a]; pictures are not kept."""
-    rows = []
-    for start in range(0, len(prompts), batch):
-        part = slice(start, start + batch)
-        words = None if negatives is None else negatives[part]
-        rows.append(judge.labels(generate(prompts[part], words, indices[part])))
-        if len(rows[-1]) != len(prompts[part]):
-            raise ValueError(
-                f"generate gave {len(rows[-1])} pictures for {len(prompts[part])} prompts"
-            )
-    return torch.cat(rows)
+        What the prompt leaves open follows the world's priors; the negative's attribute follows
+        them among its other values.
+        """
+        stats = FeatureStats(self._cases[0].before.features.shape[1])
+        for case in self._cases:
+            for draw in range(REAL_PER_PROMPT):
+                labels = self._real_labels(case, case.negatives[kind], draw)
+                nuisance = self.world.nuisance(self.noise, draw, case.indices, "removal.nuisance")
+                stats.update(self.judge.features(self.world.render(labels, nuisance)))
+        return stats
+
+    def _real_labels(self, case: _Case, values: Tensor, draw: int) -> Tensor:
+        stream = f"removal.real.{case.attribute}"
+        labels = self.world.batch(self.noise, draw, case.indices, stream).labels  # [n a]
+        labels = torch.where(case.named >= 0, case.named, labels)
+        weights = torch.tensor(self.world.priors[case.attribute], dtype=torch.float64)
+        weights = weights.repeat(len(values), 1)
+        weights[torch.arange(len(values)), values] = 0
+        edges = weights.cumsum(1)
+        u = self.noise.uniform(f"{stream}.open", draw, case.indices).double()
+        column = list(self.world.attributes).index(case.attribute)
+        labels[:, column] = (u[:, None] * edges[:, -1:] >= edges).sum(1)
+        return labels
 
 
 def _named(world: ShapesWorld, prompts: Sequence[str]) -> Tensor:
@@ -283,7 +353,7 @@ def _named(world: ShapesWorld, prompts: Sequence[str]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).view(len(prompts), len(world.attributes))
 
 
-def _count(world: ShapesWorld, case: _Cases, values: Tensor, after: Tensor) -> _Tally:
+def _count(world: ShapesWorld, case: _Case, values: Tensor, after: Tensor) -> _Tally:
     column = list(world.attributes).index(case.attribute)
     asked = case.named >= 0
     others = ~asked
@@ -291,14 +361,18 @@ def _count(world: ShapesWorld, case: _Cases, values: Tensor, after: Tensor) -> _
     return _Tally(
         n=len(values),
         free=int((after[:, column] != values).sum()),
-        free_before=int((case.before[:, column] != values).sum()),
+        free_before=int((case.before.labels[:, column] != values).sum()),
         named=int(asked.sum()),
         right=int((after == case.named)[asked].sum()),
-        right_before=int((case.before == case.named)[asked].sum()),
+        right_before=int((case.before.labels == case.named)[asked].sum()),
         others=int(others.sum()),
-        unchanged=int((after == case.before)[others].sum()),
+        unchanged=int((after == case.before.labels)[others].sum()),
     )
 
 
 def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
+
+
+def _interval(part: int, whole: int) -> tuple[float | None, float | None]:
+    return wilson(part, whole) if whole else (None, None)

@@ -85,7 +85,8 @@ class Ruler:
     def judge_pictures(self, pictures: Tensor) -> Quality:
         """The quality of one picture for each of the ruler's prompts, in order."""
         features = self.judge.features(pictures)
-        right, attributes = all_named_right(self.world, self.judge.labels(pictures), self.prompts)
+        labels = self.judge.labels_of(features)
+        right, attributes = all_named_right(self.world, labels, self.prompts)
         frechet = frechet_distance(FeatureStats.of(features), self._stats)
         precision, recall = precision_recall(self._real_features, features)
         return Quality(self.count, right, attributes, frechet, precision, recall)

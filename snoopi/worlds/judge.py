@@ -87,7 +87,11 @@ class Judge(nn.Module):
     @torch.no_grad()
     def labels(self, pictures: Tensor) -> Tensor:
         """The most likely value of each attribute, int64 [b a] on the CPU."""
-        features = self.features(pictures)
+        return self.labels_of(self.features(pictures))
+
+    @torch.no_grad()
+    def labels_of(self, features: Tensor) -> Tensor:
+        """The same from `features`, float32 [b 64]."""
         return torch.stack([head(features).argmax(1) for head in self.heads], 1).cpu()
 
     def save(self, path: Path, provenance: Mapping[str, str] | None = None) -> None:

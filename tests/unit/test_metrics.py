@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from snoopi.evaluate.fid import FeatureStats, frechet_distance
+from snoopi.evaluate.fid import FeatureStats, frechet_distance, frechet_interval
 from snoopi.evaluate.precision_recall import precision_recall
 from snoopi.evaluate.removal import (
     Choice,
     RemovalReport,
+    RemovalTest,
     all_named_right,
-    choose_scale,
-    removal_experiment,
     wilson,
 )
 from snoopi.noise import Noise
 from snoopi.worlds import ShapesWorld
+from snoopi.worlds.judge import Judge
 
 WORLD = ShapesWorld()
 
@@ -105,6 +106,16 @@ def test_frechet_refuses_bad_features() -> None:
 # --- precision and recall --------------------------------------------------------------------
 
 
+def test_frechet_interval_covers_the_distance_and_narrows() -> None:
+    reference = FeatureStats.of(draw(20_000, 4, seed=1))
+    widths = []
+    for n in (300, 2700):
+        low, high = frechet_interval(draw(n, 4, seed=2) + 0.5, reference)  # |mean|^2 = 1
+        assert low < 1.0 < high
+        widths.append(high - low)
+    assert widths[1] == pytest.approx(widths[0] / 3, rel=0.3)  # by the root of n
+
+
 def brute_force(real: Tensor, fake: Tensor, k: int) -> tuple[float, float]:
     def share(rows: Tensor, centres: Tensor) -> float:
         radii = []
@@ -171,10 +182,13 @@ def test_wilson_intervals() -> None:
 
 
 class PixelJudge:
-    """Reads labels that FakeModel wrote into the picture."""
+    """Reads labels that FakeModel wrote into the picture (of real ones, whatever stands there)."""
 
-    def labels(self, pictures: Tensor) -> Tensor:
-        return pictures[:, 0, 0, :5].round().long()
+    def features(self, pictures: Tensor) -> Tensor:
+        return pictures[:, 0, 0, :5]
+
+    def labels_of(self, features: Tensor) -> Tensor:
+        return features.round().long()
 
 
 class FakeModel:
@@ -215,8 +229,12 @@ class FakeModel:
         return pictures
 
 
+def make(model: FakeModel, seed: int = 3, **options: Any) -> RemovalTest:
+    return RemovalTest(model, PixelJudge(), WORLD, Noise(seed), **options)  # type: ignore[arg-type]
+
+
 def run(model: FakeModel, **options: int) -> RemovalReport:
-    return removal_experiment(model, PixelJudge(), WORLD, Noise(3), **options)  # type: ignore[arg-type]
+    return make(model, **options).measure(model)
 
 
 def test_removal_recovers_known_rates() -> None:
@@ -228,6 +246,8 @@ def test_removal_recovers_known_rates() -> None:
     assert total.free_low < 0.7 < total.free_high
     assert total.keep_before == 1 and total.keep == pytest.approx(0.9, abs=0.04)
     assert total.keep_ratio == total.keep
+    assert total.keep_low is not None and total.keep_low < 0.9 < (total.keep_high or 0)
+    assert total.same_low is not None and total.same_low < 0.75 < (total.same_high or 0)
     assert total.same == pytest.approx(0.75, abs=0.05)
     easy = report.easy["colour"]
     assert easy.n == 200
@@ -254,26 +274,20 @@ def test_removal_refuses_bad_calls() -> None:
     with pytest.raises(ValueError, match="positive"):
         run(FakeModel(1), count=0)
     with pytest.raises(ValueError, match="unknown attribute 'weight'"):
-        removal_experiment(
-            FakeModel(1),
-            PixelJudge(),  # type: ignore[arg-type]
-            WORLD,
-            Noise(0),
-            attributes=["weight"],
-        )
+        make(FakeModel(1), attributes=["weight"])
+    with pytest.raises(ValueError, match="at least one attribute"):
+        make(FakeModel(1), attributes=[])
+    with pytest.raises(ValueError, match="strength"):
+        make(FakeModel(1), count=1).choose_scale(lambda _: FakeModel(1), [])
 
 
 def choose(scales: list[float], spoil: float) -> tuple[Choice, int]:
     models = {s: FakeModel(remove=s / 2, spoil=spoil * s) for s in scales}
-    choice = choose_scale(
-        lambda s: models[s],
-        PixelJudge(),  # type: ignore[arg-type]
-        WORLD,
-        Noise(0),
-        scales,
-        count=100,
-    )
-    return choice, sum(m.plain_calls for m in models.values())
+    plain = FakeModel(remove=0)
+    test = make(plain, seed=0, count=100, split="train")
+    choice = test.choose_scale(lambda s: models[s], scales)
+    assert not any(m.plain_calls for m in models.values())
+    return choice, plain.plain_calls
 
 
 def test_choose_scale_stops_at_the_bound() -> None:
@@ -290,6 +304,37 @@ def test_choose_scale_stops_at_the_bound() -> None:
 def test_choose_scale_says_when_none_meets_the_bound() -> None:
     choice, _ = choose([2.0, 1.0], spoil=0.3)
     assert not choice.met and choice.scale == 1.0
+
+
+def free_of(prompts: list[str], negatives: list[str] | None, indices: list[int]) -> Tensor:
+    """Real pictures of the prompts: a perfect generator, which obeys its negatives."""
+    labels = WORLD.batch(Noise(77), 0, indices).labels
+    for row, prompt in enumerate(prompts):
+        for name, value in WORLD.named(prompt).items():
+            labels[row, list(WORLD.attributes).index(name)] = value
+        if negatives is not None:
+            ((name, value),) = WORLD.named(negatives[row]).items()
+            column = list(WORLD.attributes).index(name)
+            # The next value that is not the negative, by the world's priors among the rest.
+            others = [v for v in range(len(WORLD.attributes[name])) if v != value]
+            weights = torch.tensor([WORLD.priors[name][v] for v in others])
+            if labels[row, column] == value:
+                draw = Noise(78).uniform("other", 0, [indices[row]])
+                labels[row, column] = others[int((draw * weights.sum() >= weights.cumsum(0)).sum())]
+    return WORLD.render(labels, WORLD.nuisance(Noise(79), 0, indices))
+
+
+def test_fidelity_is_best_for_real_pictures_without_the_negative() -> None:
+    test = RemovalTest(free_of, Judge.load(), WORLD, Noise(3), count=100)
+    report = test.measure(free_of)
+    for kind in ("easy", "targeted"):
+        fidelity = report.fidelity[kind]
+        assert fidelity.low <= fidelity.frechet <= fidelity.high
+        assert report.to_dict()[kind]["total"]["free"] == 1
+    targeted = report.fidelity["targeted"]
+    # 500 other real pictures lie about 0.4 off; those that show the negative lie much further.
+    assert targeted.frechet < 0.8 and targeted.before > 2 * targeted.frechet
+    assert set(report.tables()) == {"easy", "targeted"}
 
 
 def test_all_named_right() -> None:

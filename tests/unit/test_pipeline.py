@@ -52,6 +52,18 @@ def test_saving_over_a_folder_replaces_it_whole(folder: Path) -> None:
     assert not (folder / "stray").exists() and snoopi.load(folder).vae is not None
 
 
+def test_fp16_is_stored_and_read_as_fp32_on_the_cpu(tmp_path: Path) -> None:
+    before = tiny()
+    folder = before.save(tmp_path / "model", torch.float16)
+    stored = load_file(folder / "backbone.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    after = snoopi.load(folder).backbone
+    for name, tensor in before.backbone.state_dict().items():
+        assert after.state_dict()[name].dtype == torch.float32
+        assert torch.equal(tensor.half().float(), after.state_dict()[name])
+    assert snoopi.load(folder, dtype=torch.float16).backbone.conv_in.weight.dtype == torch.float16
+
+
 def test_dtype_and_optimize(folder: Path) -> None:
     half = snoopi.load(folder, dtype=torch.bfloat16, optimize="auto")
     assert half.backbone.conv_in.weight.dtype == torch.bfloat16

@@ -1,0 +1,217 @@
+"""The comparisons behind the figures in the docs, each from one command.
+
+python -m snoopi.reproduce recipes [RECIPE ...] [section.key=value ...] [--seeds 0 1 2]
+python -m snoopi.reproduce guidance MODEL [--count N] [--methods nasa ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from snoopi import config as recipes
+from snoopi.evaluate.negatives import METHODS, GuidanceTable, guidance_table
+from snoopi.evaluate.world import gap_closed
+from snoopi.pictures import write_atomically
+from snoopi.pipeline import load, shipped_or_path
+from snoopi.report import guidance_text, text_table
+
+RECIPES = ("pgsb_shapes", "pgsb_shapes_gap")
+FIGURES = ("all_right", "frechet", "gap_closed", "recall", "precision")  # of summary.json's "end"
+
+
+class RunKey(NamedTuple):
+    """One run of a comparison."""
+
+    recipe: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Its folder's name."""
+        return f"{Path(self.recipe).stem}-seed{self.seed}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status: 0, or 2 for a user's mistake."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.experiment(options)
+    except (ValueError, OSError) as error:
+        print(f"snoopi.reproduce: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# --- recipes --------------------------------------------------------------------------------------
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    names = [word for word in options.recipes if "=" not in word] or list(RECIPES)
+    overrides = [word for word in options.recipes if "=" in word]
+    if options.jobs < 1 or not options.seeds:
+        raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
+    for name in names:
+        recipes.load(name, overrides)  # a mistake is told before hours of training
+    keys = [RunKey(name, seed) for name in names for seed in options.seeds]
+    # One run measures the teacher, which is the same for all.
+    with ThreadPoolExecutor(options.jobs) as pool:
+        jobs = [
+            pool.submit(_train, key, overrides, options.out, options.jobs, teacher=key == keys[0])
+            for key in keys
+        ]
+        summaries = {key: job.result() for key, job in zip(keys, jobs, strict=True)}
+    results = _compare(summaries)
+    print(f"\n{_recipe_text(results)}\n")
+    _write(options.json or options.out / "recipes.json", results)
+
+
+def _train(
+    key: RunKey, overrides: Sequence[str], out: Path, jobs: int, teacher: bool
+) -> dict[str, Any]:
+    """The summary of a run, which snoopi.train makes in its own process unless it is there."""
+    folder = out / key.folder
+    words = [
+        *(key.recipe, f"run.seed={key.seed}", *overrides, "evaluate.removal=0"),
+        *(f"evaluate.teacher={str(teacher).lower()}",),
+    ]
+    if not _finished(folder, recipes.load(key.recipe, words[1:])):
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        done = subprocess.run(
+            [sys.executable, "-m", "snoopi.train", *words, "--out", str(folder), "--resume"],
+            env={"OMP_NUM_THREADS": str(threads), **os.environ},
+            stdout=subprocess.DEVNULL,
+            check=False,
+        )
+        if done.returncode:
+            raise ValueError(f"the run in {folder} ended with status {done.returncode}")
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+def _finished(folder: Path, config: recipes.Config) -> bool:
+    if not (folder / "summary.json").is_file():
+        return False
+    return not recipes.differences(recipes.load(folder / "config.toml"), config)
+
+
+def _compare(summaries: Mapping[RunKey, Mapping[str, Any]]) -> dict[str, Any]:
+    """Each run's means over its last evaluations, and their mean and spread over seeds."""
+    first = next(iter(summaries.values()))
+    names = ("frechet_teacher_1", "frechet_teacher_25", "all_right_teacher_25", "recall_teacher_25")
+    teacher = {name: first[name] for name in names}
+    one, many = teacher["frechet_teacher_1"], teacher["frechet_teacher_25"]
+    runs = []
+    for key, summary in summaries.items():
+        end = {**summary["end"], "gap_closed": gap_closed(summary["end"]["frechet"], one, many)}
+        runs.append({"recipe": key.recipe, "seed": key.seed, **end})
+    table = []
+    for name in dict.fromkeys(key.recipe for key in summaries):
+        mine = [run for run in runs if run["recipe"] == name]
+        row: dict[str, Any] = {"recipe": name, "seeds": len(mine)}
+        for figure in FIGURES:
+            values = [run[figure] for run in mine]
+            row[figure] = statistics.fmean(values)
+            row[f"{figure}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+        table.append(row)
+    return {"teacher": teacher, "runs": runs, "recipes": table}
+
+
+def _recipe_text(results: Mapping[str, Any]) -> str:
+    def cell(row: Mapping[str, Any], figure: str) -> str:
+        spread = row.get(f"{figure}_sd")
+        return f"{row[figure]:.3f}" + ("" if spread is None else f" +- {spread:.3f}")
+
+    runs = [
+        [f"{run['recipe']}, seed {run['seed']}", *(f"{run[f]:.3f}" for f in FIGURES)]
+        for run in results["runs"]
+    ]
+    means = [[row["recipe"], *(cell(row, f) for f in FIGURES)] for row in results["recipes"]]
+    teacher = ", ".join(f"{name} {value:.3f}" for name, value in results["teacher"].items())
+    return "\n".join(
+        [
+            text_table(("recipe", *(f.replace("_", " ") for f in FIGURES)), [*runs, *means]),
+            f"each run: the mean of its last evaluations; +- sd over seeds. {teacher}",
+        ]
+    )
+
+
+# --- guidance -------------------------------------------------------------------------------------
+
+
+def _guidance(options: argparse.Namespace) -> None:
+    if options.count < 1:
+        raise ValueError(f"--count must be at least 1, got {options.count}")
+    pipeline = load(shipped_or_path(options.model), optimize="auto")
+    table = guidance_table(pipeline, options.scales, options.count, options.batch, options.methods)
+    print(f"\n{_guidance_text(table)}\n")
+    results = {
+        "free_before": table.free_before,
+        "frechet_before": table.frechet_before,
+        "rows": table.rows(),
+        "methods": [method.to_dict() for method in table.methods.values()],
+    }
+    if options.json:
+        _write(options.json, results)
+
+
+def _guidance_text(table: GuidanceTable) -> str:
+    before = (
+        f"without guidance: {100 * table.free_before:.1f} % free of a random negative, "
+        f"Frechet distance {table.frechet_before:.2f}"
+    )
+    return f"{guidance_text(table.rows())}\n{before}; best: {table.best().name}"
+
+
+def _write(path: Path, results: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
+    print(f"wrote {path}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="snoopi.reproduce", description="The comparisons behind the figures in the docs."
+    )
+    kinds = parser.add_subparsers(required=True, metavar="EXPERIMENT")
+    default = argparse.ArgumentDefaultsHelpFormatter
+    text = "train recipes with several seeds and compare the means of their last evaluations"
+    kind = kinds.add_parser("recipes", help=text, description=text, formatter_class=default)
+    kind.add_argument(
+        "recipes",
+        nargs="*",
+        help=f"recipes, then overrides section.key=value; none: {', '.join(RECIPES)}",
+    )
+    kind.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of each")
+    kind.add_argument("--out", type=Path, default=Path("runs/recipes"), help="folder of the runs")
+    kind.add_argument("--jobs", type=int, default=1, help="runs at once; they share the cores")
+    kind.add_argument("--json", type=Path, help="results; None: recipes.json in --out")
+    kind.set_defaults(experiment=_recipes)
+    text = "ways to use a negative prompt on one model: searched alike, then measured once"
+    kind = kinds.add_parser("guidance", help=text, description=text, formatter_class=default)
+    kind.add_argument("model", help="a model folder of the shapes world")
+    kind.add_argument("--count", type=int, default=200, help="prompts for each open attribute")
+    kind.add_argument("--batch", type=int, default=50, help="pictures made at once")
+    kind.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    kind.add_argument(
+        "--scales",
+        type=float,
+        nargs="+",
+        default=list(recipes.Evaluate().scales),
+        help="strengths to try, in each method's own unit",
+    )
+    kind.add_argument("--json", type=Path, help="where to write the results")
+    kind.set_defaults(experiment=_guidance)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
