@@ -141,9 +141,13 @@ class TeacherObserver(Observer):
         }
 
     def measure(self, drawers: dict[str, Draw]) -> tuple[dict[str, Quality], dict[str, Tensor]]:
-        """Quality of each generator on all prompts, and its pictures of the grid's prompts."""
+        """Quality of each generator on all prompts, and its pictures of the grid's prompts.
+
+        Other real pictures ("real") are measured like a generator: they are the best there is.
+        """
         batch = self.config.evaluate.batch
         drawn = {name: self.ruler.draw(draw, batch) for name, draw in drawers.items()}
+        drawn["real"] = self.ruler.real()
         chosen = pick(self.ruler.prompts, 2 * GRID)
         qualities = {name: self.ruler.judge_pictures(x) for name, x in drawn.items()}
         return qualities, {name: x[chosen] for name, x in drawn.items()}
@@ -257,7 +261,7 @@ def drawer(pipeline: Pipeline, steps: int, kappa: float) -> Draw:
 
 def _summary(qualities: dict[str, Quality]) -> dict[str, Any]:
     """The contract's headline figures, and precision and recall beside them."""
-    best = qualities.get("student", qualities["teacher_25"])
+    best = qualities["student" if "student" in qualities else "teacher_25"]
     summary: dict[str, Any] = {
         "all_right": best.all_right,
         "precision": best.precision,
@@ -275,8 +279,13 @@ def _summary(qualities: dict[str, Quality]) -> dict[str, Any]:
 
 def _comparison(config: Config, ruler: Ruler, pictures: dict[str, Tensor]) -> Figure:
     """The same prompts and noise, a row for each generator; prompts above the columns."""
+    many = config.evaluate
+    steps = many.teacher_steps
+    others = {f"teacher_{steps}_kappa_{k:g}": k for k in many.teacher_kappas}
     names = {
-        "teacher_25": f"teacher, {config.evaluate.teacher_steps} steps",
+        "real": "real pictures",
+        **{name: f"teacher, {steps} steps, kappa {k:g}" for name, k in others.items()},
+        "teacher_25": f"teacher, {steps} steps, kappa {many.teacher_kappa:g}",
         "teacher_1": "teacher, 1 step",
         "student": "student, 1 step",
     }
@@ -284,7 +293,7 @@ def _comparison(config: Config, ruler: Ruler, pictures: dict[str, Tensor]) -> Fi
     prompts = [ruler.prompts[i] for i in pick(ruler.prompts, 2 * GRID)]
     tiles = torch.cat([pictures[row][:GRID] for row in rows])
     image = grid(tiles, GRID, titles=prompts[:GRID], row_titles=[names[row] for row in rows])
-    caption = "Held-out prompts; every row starts from the same noise."
+    caption = "Held-out prompts; all generated rows start from the same noise."
     alt = f"A grid of {', '.join(names[row] for row in rows)} for {GRID} prompts"
     return Figure("Same prompts, same noise", image, caption, alt)
 

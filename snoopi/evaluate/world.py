@@ -55,23 +55,24 @@ class Ruler:
         self.world, self.judge, self.count = world, judge, count
         noise = Noise(seed)
         self.prompts = world.prompts(noise, count, "held-out", stream="evaluate.prompts")
-        features = [self._real(noise, draw) for draw in range(REAL_PER_PROMPT)]
+        draws = range(REAL_PER_PROMPT)
+        features = [judge.features(self._real(noise, draw)) for draw in draws]
         self._stats = FeatureStats.of(torch.cat(features))
         self._real_features = features[0]
 
     def _real(self, noise: Noise, draw: int) -> Tensor:
-        """Features of one real picture for each prompt."""
+        """One real picture for each prompt."""
         indices = range(self.count)
         labels = self.world.batch(noise, draw, indices, "evaluate.real").labels
         for row, prompt in enumerate(self.prompts):
             for name, value in self.world.named(prompt).items():
                 labels[row, list(self.world.attributes).index(name)] = value
         nuisance = self.world.nuisance(noise, draw, indices, "evaluate.nuisance")
-        return self.judge.features(self.world.render(labels, nuisance))
+        return self.world.render(labels, nuisance)
 
-    def floor(self) -> float:
-        """The Frechet distance of other real pictures to the reference: the best there is."""
-        return frechet_distance(FeatureStats.of(self._real(Noise(1), REAL_PER_PROMPT)), self._stats)
+    def real(self) -> Tensor:
+        """Other real pictures of the prompts [n 3 H W]: their quality is the best there is."""
+        return self._real(Noise(1), REAL_PER_PROMPT)
 
     def measure(self, draw: Draw, batch: int = 100) -> Quality:
         """The quality of a generator on the ruler's prompts."""

@@ -61,6 +61,9 @@ def test_a_run_leaves_model_report_and_figures(whole: Path) -> None:
     assert set(SUMMARY_KEYS) <= set(summary)
     assert all(summary[key] is not None for key in SUMMARY_KEYS if key != "gap_closed")
     assert [row["step"] for row in rows(whole)] == list(range(1, 21))
+    assert summary["end"]["evaluations"] == 1
+    assert summary["end"]["frechet"] == pytest.approx(summary["frechet_student"])
+    assert summary["frechet_real"] < summary["frechet_student"] and summary["all_right_real"] == 1
     page = (whole / "report.html").read_text()
     assert "http://" not in page and "https://" not in page  # opens offline
     for picture in (whole / "samples").glob("*.png"):
