@@ -584,6 +584,15 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """{"run.steps": 1000, ...}: every key that the config's method reads, as plain JSON values."""
+    return {
+        item.path: list(item.default) if isinstance(item.default, tuple) else item.default
+        for item in _walk(config)
+        if not _unread(item.path, config.run.method)
+    }
+
+
 def reference() -> str:
     """Every key with its type, default and meaning, one a line: for --help and the docs."""
     rows = [
