@@ -326,3 +326,25 @@ def check_resume(out: Path, whole: Path, words: list[str], names: Sequence[str])
     run(*words, "--resume")
     got, expected = ([[r[name] for name in names] for r in rows(f)] for f in (out, whole))
     assert len(got) == 20 and got == expected
+
+
+@pytest.mark.distributed
+def test_two_ranks_give_the_losses_of_one_dit(dit: Path) -> None:
+    for name, words, keys in (
+        ("teacher", [*DIT_TEACHER], ["loss", "grad_norm"]),
+        ("whole", student(dit.parent), FIGURES),
+    ):
+        out = dit.parent / f"two-{name}"
+        run(*words, QUIET, "--out", str(out), ranks=2)
+        got, expected = (
+            torch.tensor([[row[key] for key in keys] for row in rows(folder)], dtype=torch.float64)
+            for folder in (out, dit.parent / name)
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointing_changes_no_dit(dit: Path) -> None:
+    out = dit.parent / "checkpointed"
+    run(*student(dit.parent), QUIET, "parallel.checkpointing=true", "--out", str(out))
+    got, expected = (torch.tensor(figures(f), dtype=torch.float64) for f in (out, dit))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
