@@ -28,7 +28,7 @@ from snoopi.noise import Noise
 from snoopi.pictures import to_uint8
 from snoopi.samplers import ddim, one_step
 from snoopi.tokenize import Tokenizer
-from snoopi.zoo import ModelSpec, build, text_part
+from snoopi.zoo import ModelSpec, TextSpec, build, text_part
 
 SPEC_FILE = "snoopi.json"
 SHIPPED = Path(__file__).parent / "shipped"  # model folders that come with the package
@@ -215,7 +215,9 @@ class Pipeline:
         neg = self.encode([n or "" for n in texts])
         if guidance == "embed-sub":
             used = torch.tensor([bool(n) for n in texts], device=cond.tokens.device)
-            away = torch.where(used[:, None, None], neg.tokens, 0)
+            read = _attend_where(neg, used).mask  # padding that nothing reads is no text either
+            assert read is not None
+            away = torch.where(read[..., None], neg.tokens, 0)
             return dataclasses.replace(cond, tokens=cond.tokens - scale * away)
         how = GUIDANCES[guidance](scale)
         null = self.null() if how.needs_null else None
@@ -230,25 +232,21 @@ class Pipeline:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Text features of prompts: every encoder's output side by side, and the pooled text."""
         self._complete("text_encoder", *(text_part(i) for i in range(1, len(self.spec.text))))
-        features, pooled = [], None
+        features, mask, pooled = [], None, None
         for text, encoder, tokenizer in zip(
             self.spec.text, self.text_encoders, self.tokenizers, strict=True
         ):
             assert encoder is not None and tokenizer is not None
-            ids = tokenizer(prompts)[0].to(next(encoder.parameters()).device)
-            out = encoder(ids)
+            out, read = read_text(text, encoder, tokenizer, prompts)
             features.append(getattr(out, text.output))
+            mask = mask if read is None else read
             pooled = out.pooled if text.pooled else pooled
-        return Conditioning(
-            torch.cat(features, dim=-1), pooled=pooled, size_ids=self._sizes(len(ids))
-        )
+        return Conditioning(torch.cat(features, dim=-1), mask, pooled, self._sizes(len(prompts)))
 
     def _sizes(self, batch: int) -> Tensor | None:
-        """SDXL's six size ids of an uncropped native picture, h before w."""
-        if self.spec.backbone.pooled_width is None:
-            return None
-        side = self.spec.latent_size * self.spec.vae.factor
-        return torch.tensor([[side, side, 0, 0, side, side]]).expand(batch, 6)
+        """The size ids of an uncropped native picture, [b 6] or [b 3], if the network reads any."""
+        ids = self.spec.backbone.size_ids(self.spec.latent_size * self.spec.vae.factor)
+        return None if ids is None else torch.tensor([ids]).expand(batch, len(ids))
 
     def null(self) -> Conditioning:
         """The unconditional text, batch 1: the encoded empty prompt, or zeros."""
@@ -317,6 +315,18 @@ class Pipeline:
     def _networks(self) -> dict[str, nn.Module | None]:
         texts = {text_part(i): net for i, net in enumerate(self.text_encoders)}
         return {"backbone": self.backbone, "vae": self.vae, **texts}
+
+
+def read_text(
+    text: TextSpec, encoder: Any, tokenizer: Tokenizer, prompts: Sequence[str]
+) -> tuple[Any, Tensor | None]:
+    """One encoder's output for prompts, and the mask bool [b n] of the tokens that are text.
+
+    The mask is None where padding is read as text (CLIP); else the encoder was given it, too.
+    """
+    device = next(encoder.parameters()).device
+    ids, mask = (x.to(device) for x in tokenizer(prompts))
+    return (encoder(ids, mask), mask) if text.config.masked else (encoder(ids), None)
 
 
 def load(

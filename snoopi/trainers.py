@@ -25,7 +25,7 @@ from snoopi.methods.ema import EMA
 from snoopi.methods.vsd import draw_kappa, surrogate, teacher_scores, vsd_gradient
 from snoopi.models.vae import PatchVAEConfig, VAEConfig
 from snoopi.noise import Noise
-from snoopi.pipeline import Pipeline
+from snoopi.pipeline import Pipeline, read_text
 from snoopi.runstate import OptimizerState, trainable
 from snoopi.samplers import one_step
 from snoopi.worlds.shapes import ShapesWorld
@@ -191,9 +191,7 @@ class TeacherTrainer:
         spec, tokenizer = zoo.preset(self.config.model.preset), self.tokenizer
         text = spec.text[0]
         words = tokenizer.tokenizer.get_vocab_size()
-        encoder = dataclasses.replace(
-            text.config, vocabulary=words, length=tokenizer.max_length, eos_id=words - 1
-        )
+        encoder = text.config.for_words(words, tokenizer.max_length)
         schedule = dataclasses.replace(spec.schedule, prediction=self.config.denoise.prediction)
         return dataclasses.replace(
             spec,
@@ -233,15 +231,19 @@ class TeacherTrainer:
         config, noise = self.config, self.noise
         dropped = noise.uniform("dropout", step, part) < config.data.dropout
         texts = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
-        ids = self.tokenizer(texts)[0].to(self.device)
         t = self._timesteps(step, part).to(self.device)
         with torch.no_grad():
             x0 = self.vae.encode(pictures.to(self.device))
         eps = noise.normal("eps", step, part, x0.shape[1:]).to(self.device)
         with parallel.autocast(self.device, config.run.dtype):
-            cond = Conditioning(self.text_encoder(ids).last)
+            cond = self._encode(texts)
             weight = config.denoise.weight
             return denoising_loss(self.backbone, self.spec.schedule, x0, t, eps, cond, weight)
+
+    def _encode(self, texts: list[str]) -> Conditioning:
+        text = self.spec.text[0]
+        out, mask = read_text(text, self.text_encoder, self.tokenizer, texts)
+        return Conditioning(getattr(out, text.output), mask)
 
     def state(self) -> dict[str, Any]:
         """Weights, averages and optimizer moments."""

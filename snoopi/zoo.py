@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from snoopi.models.clip import CLIPText, CLIPTextConfig
+from snoopi.models.dit import DiT, DiTConfig
+from snoopi.models.t5 import T5Config, T5Encoder
 from snoopi.models.unet import UNet, UNetConfig
 from snoopi.models.vae import VAE, PatchVAE, PatchVAEConfig, VAEConfig
 from snoopi.schedule import Schedule
@@ -26,7 +28,7 @@ from snoopi.schedule import Schedule
 class TextSpec:
     """One text encoder, which of its outputs the backbone reads, and the padding id."""
 
-    config: CLIPTextConfig
+    config: CLIPTextConfig | T5Config
     output: Literal["last", "penultimate"] = "last"
     pooled: bool = False
     pad_id: int = 49407
@@ -49,7 +51,7 @@ class ModelSpec:
     """
 
     arch: str
-    backbone: UNetConfig
+    backbone: UNetConfig | DiTConfig
     vae: VAEConfig | PatchVAEConfig
     text: tuple[TextSpec, ...]
     schedule: Schedule = field(default_factory=Schedule)
@@ -87,9 +89,11 @@ def text_part(index: int) -> str:
 
 NETWORKS: dict[type, type[nn.Module]] = {
     UNetConfig: UNet,
+    DiTConfig: DiT,
     VAEConfig: VAE,
     PatchVAEConfig: PatchVAE,
     CLIPTextConfig: CLIPText,
+    T5Config: T5Encoder,
 }
 
 _CLIP_L = CLIPTextConfig()
@@ -125,19 +129,32 @@ _SDXL = ModelSpec(
     null="zeros",
     strengths={"nasa": 0.5},
 )
+_LINEAR = Schedule("linear", 1e-4, 0.02)
+_PIXART = ModelSpec(
+    "pixart-256",
+    DiTConfig(sample_size=32),
+    VAEConfig(),
+    (TextSpec(T5Config(), pad_id=0),),
+    schedule=_LINEAR,
+    latent_size=32,
+    steps=20,
+    kappa=4.5,
+    strengths={"nasa": 0.8},
+)
 # The shapes world: 32 x 32 pictures, 8 x 8 latents; the world's tokenizer sets the text sizes.
+_SHAPES_UNET = UNetConfig(
+    channels=(64, 112),
+    resnets=1,
+    depth=(1, 1),
+    mid_depth=1,
+    heads=(4, 7),
+    text_width=80,
+    linear_proj=True,
+    norm_groups=16,
+)
 _SHAPES = ModelSpec(
     "shapes",
-    UNetConfig(
-        channels=(64, 112),
-        resnets=1,
-        depth=(1, 1),
-        mid_depth=1,
-        heads=(4, 7),
-        text_width=80,
-        linear_proj=True,
-        norm_groups=16,
-    ),
+    _SHAPES_UNET,
     VAEConfig(channels=(16, 32, 64), resnets=1, norm_groups=8, scaling=1.0),
     (
         TextSpec(
@@ -152,6 +169,30 @@ _SHAPES = ModelSpec(
     kappa=4.0,
     strengths={"nasa": 1.0, "nasa-centred": 1.5, "embed-sub": 1.0, "cfg": 2.0},
 )
+# The same world for PixArt's kinds of network, text and schedule.
+_SHAPES_DIT = dataclasses.replace(
+    _SHAPES,
+    arch="shapes_dit",
+    backbone=DiTConfig(
+        out_channels=4, layers=5, heads=6, head_dim=32, text_width=96, sample_size=8
+    ),
+    text=(
+        TextSpec(
+            T5Config(
+                vocabulary=32,
+                length=12,
+                width=96,
+                mlp_width=256,
+                layers=2,
+                heads=4,
+                head_dim=24,
+                eos_id=31,
+            ),
+            pad_id=0,
+        ),
+    ),
+    schedule=_LINEAR,
+)
 
 # The same world at a size for tests: 20 steps take seconds, and the latents need no training.
 _DEBUG = dataclasses.replace(
@@ -159,7 +200,7 @@ _DEBUG = dataclasses.replace(
     arch="debug",
     vae=PatchVAEConfig(),
     backbone=dataclasses.replace(
-        _SHAPES.backbone,
+        _SHAPES_UNET,
         in_channels=16,
         out_channels=16,
         channels=(16, 32),
@@ -184,7 +225,18 @@ PRESETS: dict[str, ModelSpec] = {
     "sd-turbo": dataclasses.replace(_SD21, arch="sd-turbo", one_step=OneStep()),
     "sdxl": _SDXL,
     "sdxl-turbo": dataclasses.replace(_SDXL, arch="sdxl-turbo", latent_size=64, one_step=OneStep()),
+    "pixart-256": _PIXART,
+    "pixart-512": dataclasses.replace(
+        _PIXART, arch="pixart-512", backbone=DiTConfig(), latent_size=64
+    ),
+    "pixart-1024": dataclasses.replace(
+        _PIXART,
+        arch="pixart-1024",
+        backbone=DiTConfig(sample_size=128, interpolation=2.0, size_embed=True),
+        latent_size=128,
+    ),
     "shapes": _SHAPES,
+    "shapes_dit": _SHAPES_DIT,
     "debug": _DEBUG,
 }
 
@@ -213,8 +265,9 @@ def build(spec: str | ModelSpec, part: str = "backbone", device: str = "meta") -
 def fresh(spec: str | ModelSpec, part: str, seed: int) -> Any:
     """A randomly initialised network in training mode: a function of the seed alone.
 
-    torch's own initialisation, except that a backbone's output starts at zero and that text
-    embeddings start small beside what the layers add. The global generator is left as it was.
+    torch's own initialisation, except that text embeddings start small beside what the layers add,
+    and for what a network's `initialise` says (a backbone's output starts at zero). The global
+    generator is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -222,9 +275,8 @@ def fresh(spec: str | ModelSpec, part: str, seed: int) -> Any:
         for module in net.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.3)
-    if isinstance(net, UNet):
-        nn.init.zeros_(net.conv_out.weight)
-        nn.init.zeros_(net.conv_out.bias)  # type: ignore[arg-type]
+        if isinstance(net, (UNet, DiT, T5Encoder)):
+            net.initialise()
     return net
 
 

@@ -5,8 +5,8 @@ Parameter names are Hugging Face's CLIPTextModel's (with text_projection beside 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,11 @@ class CLIPTextConfig:
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     projection: int | None = None
     eos_id: int = 49407
+    masked: ClassVar[bool] = False  # padding is read as text, here and by the backbone
+
+    def for_words(self, vocabulary: int, length: int) -> CLIPTextConfig:
+        """The same encoder for a vocabulary whose last id is eos, and prompts of `length`."""
+        return replace(self, vocabulary=vocabulary, length=length, eos_id=vocabulary - 1)
 
 
 class CLIPTextOutput(NamedTuple):

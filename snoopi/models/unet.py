@@ -53,6 +53,10 @@ class UNetConfig:
                     f"{self.norm_groups} norm groups"
                 )
 
+    def size_ids(self, side: int) -> tuple[int, ...] | None:
+        """SDXL's six ids of an uncropped picture of side x side pixels, h before w; or None."""
+        return None if self.pooled_width is None else (side, side, 0, 0, side, side)
+
 
 class FeedForward(nn.Module):
     """GEGLU: one Linear gives value and gate, value * gelu(gate), one Linear back."""
@@ -278,6 +282,11 @@ class UNet(nn.Module):
     def text_kv(self, cond: Conditioning) -> Conditioning:
         """The conditioning with the K/V of its texts filled in for every layer (inference only)."""
         return replace(cond, kv=fill_kv(self.cross_attentions(), cond))
+
+    def initialise(self) -> None:
+        """The output starts at zero."""
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
 
 
 def _skip_widths(config: UNetConfig) -> list[int]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -264,3 +265,89 @@ def test_no_negative_is_the_plain_picture(whole: Path, guidance: str) -> None:
     mixed = pipeline.pictures(prompts, z, ["red", None], guidance, 1.0)
     torch.testing.assert_close(mixed[1], plain[1], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(mixed[0], plain[0], atol=1e-4)
+
+
+# --- the DiT family ----------------------------------------------------------------------------
+
+DIT_TEACHER = (
+    "debug_teacher",
+    "model.preset=shapes_dit",
+    "model.vae=shapes_vae",
+    "denoise.prediction=eps",
+)
+DIT_TARGETS = 'lora.targets=["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]'
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted student at t = 400 of a DiT teacher, 20 steps each, and its runs folder."""
+    runs = tmp_path_factory.mktemp("dit")
+    run(*DIT_TEACHER, QUIET, "--out", str(runs / "teacher"))
+    run(*student(runs), "--out", str(runs / "whole"))
+    return runs / "whole"
+
+
+def student(runs: Path) -> list[str]:
+    teacher = f"model.teacher={runs / 'teacher' / 'model'}"
+    return ["debug", teacher, DIT_TARGETS, "vsd.student_t=400", "evaluate.removal=4"]
+
+
+def test_a_dit_teacher_learns_by_eps_prediction_under_linear_betas(dit: Path) -> None:
+    losses = [row["loss"] for row in rows(dit.parent / "teacher")]
+    assert losses[0] == pytest.approx(1.0, abs=0.05)  # its output starts at zero
+    assert losses[-1] < 0.9 * losses[0]
+    spec = snoopi.load(dit.parent / "teacher" / "model").spec
+    assert (spec.schedule.betas, spec.schedule.prediction) == ("linear", "eps")
+    assert type(spec.backbone).__name__ == "DiTConfig" and spec.one_step is None
+
+
+def test_a_dit_student_is_measured_with_negatives(dit: Path) -> None:
+    summary = json.loads((dit / "summary.json").read_text())
+    assert all(summary[key] is not None for key in SUMMARY_KEYS if key != "gap_closed")
+    pipeline = snoopi.load(dit / "model")
+    assert pipeline.spec.one_step.t == 400
+    plain = pixels(pipeline("a red circle"))
+    assert pixels(pipeline("a red circle", negative="striped", scale=1.0)) != plain
+
+
+def test_a_stopped_dit_teacher_resumes_bit_for_bit(dit: Path) -> None:
+    check_resume(dit.parent / "stopped-teacher", dit.parent / "teacher", [*DIT_TEACHER], ["loss"])
+
+
+def test_a_stopped_dit_student_resumes_bit_for_bit(dit: Path) -> None:
+    check_resume(dit.parent / "stopped", dit, student(dit.parent), FIGURES)
+
+
+def check_resume(out: Path, whole: Path, words: list[str], names: Sequence[str]) -> None:
+    """Kill a run after some rows, resume it, and compare every figure with the whole run's."""
+    words = [*words, QUIET, "run.save=4", "--out", str(out)]
+    process = subprocess.Popen(train(*words), env=ENV, stderr=subprocess.PIPE, text=True)
+    wait_for_rows(out, 6, process)
+    process.kill()
+    process.communicate(timeout=120)
+    assert len(rows_so_far(out)) < 20, "the run ended before it was stopped"
+    run(*words, "--resume")
+    got, expected = ([[r[name] for name in names] for r in rows(f)] for f in (out, whole))
+    assert len(got) == 20 and got == expected
+
+
+@pytest.mark.distributed
+def test_two_ranks_give_the_losses_of_one_dit(dit: Path) -> None:
+    for name, words, keys in (
+        ("teacher", [*DIT_TEACHER], ["loss", "grad_norm"]),
+        ("whole", student(dit.parent), FIGURES),
+    ):
+        out = dit.parent / f"two-{name}"
+        run(*words, QUIET, "--out", str(out), ranks=2)
+        got, expected = (
+            torch.tensor([[row[key] for key in keys] for row in rows(folder)], dtype=torch.float64)
+            for folder in (out, dit.parent / name)
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointing_changes_no_dit(dit: Path) -> None:
+    out = dit.parent / "checkpointed"
+    run(*student(dit.parent), QUIET, "parallel.checkpointing=true", "--out", str(out))
+    got, expected = (torch.tensor(figures(f), dtype=torch.float64) for f in (out, dit))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)

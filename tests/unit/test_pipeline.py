@@ -182,3 +182,86 @@ def test_the_shipped_models_load() -> None:
         error = (vae.decode(latents) - pictures).square().mean()
     assert abs(latents.std() - 1) < 0.1
     assert 10 * torch.log10(4 / error) > 31  # dB; 32.5 on the recipe's own held-out pictures
+
+
+# --- a text encoder with masks, and a transformer that reads them ------------------------------
+
+
+def tiny_dit() -> Pipeline:
+    """A whole untrained pipeline of the shapes_dit preset, called at t = 400."""
+    spec = zoo.preset("shapes_dit")
+    tokenizer = ShapesWorld().tokenizer()
+    words = tokenizer.tokenizer.get_vocab_size()
+    text = spec.text[0]
+    encoder = text.config.for_words(words, tokenizer.max_length)
+    text = dataclasses.replace(text, config=encoder)
+    spec = dataclasses.replace(spec, text=(text,), one_step=zoo.OneStep(400))
+    nets = {part: zoo.fresh(spec, part, 0).eval() for part in spec.parts()}
+    for name, p in nets["backbone"].named_parameters():
+        if name.startswith("proj_out") or "attn2.to_out" in name:
+            p.data.copy_(0.1 * Noise(1).normal(name, 0, [0], p.shape)[0])
+    return Pipeline(spec, nets["backbone"].eval(), nets["vae"], [nets["text_encoder"]], [tokenizer])
+
+
+def test_masks_reach_encoder_and_conditioning() -> None:
+    pipeline = tiny_dit()
+    seen: list[torch.Tensor] = []
+    pipeline.text_encoders[0].register_forward_pre_hook(lambda m, args: seen.append(args[1]))
+    cond = pipeline.encode(["a red circle", ""])
+    assert cond.mask is not None and cond.mask.sum(1).tolist() == [5, 2]  # bos and eos, too
+    assert torch.equal(seen[0], cond.mask) and cond.size_ids is None
+    null = pipeline.null()
+    assert null.mask is not None and null.mask.sum(1).tolist() == [2]
+    torch.testing.assert_close(null.tokens[0], cond.tokens[1])
+    assert tiny().encode(["a red circle"]).mask is None  # CLIP reads its padding
+
+
+def test_a_dit_folder_round_trip_is_exact(tmp_path: Path) -> None:
+    before, after = tiny_dit(), snoopi.load(tiny_dit().save(tmp_path / "model"))
+    assert after.spec == before.spec
+    z = before.noise(0, [0])
+    for guidance in ("nasa", "nasa-centred", "nag", "vsf", "embed-sub", "cfg"):
+        args = (["a red circle"], z, ["striped"], guidance, 1.0)
+        assert torch.equal(after.latents(*args), before.latents(*args))
+
+
+def test_a_student_at_t_400_is_called_on_unscaled_noise() -> None:
+    pipeline = tiny_dit()
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+    pipeline.backbone.register_forward_pre_hook(lambda m, args: calls.append(args[:2]))
+    z = pipeline.noise(0, [0])
+    x0 = pipeline.latents(["a red circle"], z, guidance="none")
+    (x, t), abar = calls[0], float(pipeline.spec.schedule.alpha_bar()[400])
+    assert torch.equal(x, z) and t.tolist() == [400] and abar == pytest.approx(0.1935720, rel=1e-4)
+    with torch.no_grad():
+        eps = pipeline.backbone(z, t, pipeline.encode(["a red circle"]))
+    torch.testing.assert_close(x0, (z - (1 - abar) ** 0.5 * eps) / abar**0.5)
+
+
+def test_mixed_negatives_of_masked_texts_leave_rows_without_one_alone() -> None:
+    pipeline = tiny_dit()
+    z, prompts = pipeline.noise(0, [0, 1, 2]), ["a red circle", "a star", "a small square"]
+    plain = pipeline.latents(prompts, z, guidance="none")
+    for guidance in ("nasa", "nasa-centred", "nag", "vsf", "embed-sub"):
+        mixed = pipeline.latents(prompts, z, [None, "red", ""], guidance, 0.8)
+        torch.testing.assert_close(mixed[[0, 2]], plain[[0, 2]], rtol=1e-4, atol=1e-5)
+        assert (mixed[1] - plain[1]).abs().max() > 1e-3, guidance
+
+
+def test_embedding_subtraction_leaves_the_padding_of_the_negative_out() -> None:
+    pipeline = tiny_dit()
+    cond, negative = pipeline.encode(["a small red circle"]), pipeline.encode(["striped"])
+    got = pipeline.condition(["a small red circle"], ["striped"], "embed-sub", 0.5).tokens
+    assert negative.mask is not None and negative.mask[0].tolist()[:4] == [True] * 3 + [False]
+    torch.testing.assert_close(got[:, :3], cond.tokens[:, :3] - 0.5 * negative.tokens[:, :3])
+    assert torch.equal(got[:, 3:], cond.tokens[:, 3:])
+
+
+def test_pixart_1024_is_told_its_size() -> None:
+    spec = dataclasses.replace(
+        zoo.preset("shapes_dit"), backbone=zoo.preset("pixart-1024").backbone, latent_size=128
+    )
+    sizes = Pipeline(spec)._sizes(2)
+    side = 128.0 * spec.vae.factor
+    assert sizes is not None and sizes.is_floating_point()
+    assert sizes.tolist() == [[side, side, 1.0]] * 2

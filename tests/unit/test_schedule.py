@@ -107,6 +107,18 @@ def test_conversions_of_16_bit_tensors_run_in_fp32(prediction: Any) -> None:
         torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("schedule", "ratio"), [(SD, 14.61464), (PIXART, 157.407)])
+def test_x0_of_the_last_timestep_is_good_to_fp32(schedule: Schedule, ratio: float) -> None:
+    """One rounding of eps is amplified by sigma / alpha; 16-bit arithmetic would leave nothing."""
+    x0, eps = (x[:1].float() for x in latents())
+    t = torch.tensor([999])
+    back = schedule.to_x0(eps, schedule.add_noise(x0, eps, t), t)
+    rounding = float(eps.abs().max()) * torch.finfo(torch.float32).eps
+    assert (back - x0).abs().max() < 2 * ratio * rounding
+    wrong = schedule.to_x0(eps + 0.01, schedule.add_noise(x0, eps, t), t)
+    torch.testing.assert_close(back - wrong, torch.full_like(x0, 0.01 * ratio), rtol=1e-3, atol=0)
+
+
 def test_impossible_names_are_refused() -> None:
     with pytest.raises(ValueError, match="betas must be one of scaled_linear, linear, got 'cos'"):
         Schedule("cos")  # type: ignore[arg-type]

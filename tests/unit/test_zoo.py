@@ -12,6 +12,8 @@ import torch
 
 from snoopi import zoo
 from snoopi.models.clip import CLIPText
+from snoopi.models.dit import DiT, DiTConfig
+from snoopi.models.t5 import T5Encoder
 from snoopi.models.unet import UNet, UNetConfig
 from snoopi.models.vae import VAE, PatchVAE, PatchVAEConfig
 from snoopi.zoo import PRESETS, ModelSpec
@@ -22,7 +24,8 @@ def test_json_round_trip_is_exact(name: str) -> None:
     spec = PRESETS[name]
     text = json.dumps(spec.to_json())
     again = ModelSpec.from_json(json.loads(text))
-    assert again == spec and type(again.backbone.channels) is tuple
+    assert again == spec and type(again.text) is tuple
+    assert type(again.backbone) is type(spec.backbone)
     assert json.dumps(again.to_json()) == text
 
 
@@ -31,9 +34,14 @@ def test_presets_are_named_and_fit_together(name: str) -> None:
     spec = PRESETS[name]
     assert spec.arch == name and zoo.preset(name) is spec
     assert sum(text.config.width for text in spec.text) == spec.backbone.text_width
-    pooled = [text.config.projection for text in spec.text if text.pooled]
-    assert pooled == ([spec.backbone.pooled_width] if spec.backbone.pooled_width else [])
-    assert spec.latent_channels == spec.backbone.in_channels == spec.backbone.out_channels
+    pooled = [getattr(text.config, "projection", None) for text in spec.text if text.pooled]
+    width = getattr(spec.backbone, "pooled_width", None)
+    assert pooled == ([width] if width else [])
+    assert spec.latent_channels == spec.backbone.in_channels
+    variance = 2 if name.startswith("pixart") else 1  # PixArt's is learned, and cut off
+    assert spec.backbone.out_channels == variance * spec.latent_channels
+    if isinstance(spec.backbone, DiTConfig):
+        assert spec.backbone.sample_size == spec.latent_size
     for text in spec.text:
         assert 0 <= text.pad_id < text.config.vocabulary
         assert text.config.eos_id < text.config.vocabulary
@@ -58,12 +66,41 @@ def test_published_constants() -> None:
 def test_every_part_builds_on_meta_in_eval_mode(name: str) -> None:
     parts = PRESETS[name].parts()
     kinds = [type(zoo.build(name, part)) for part in parts]
-    texts = [CLIPText] * len(PRESETS[name].text)
+    dit = isinstance(PRESETS[name].backbone, DiTConfig)
+    texts = [T5Encoder if dit else CLIPText] * len(PRESETS[name].text)
     vae = PatchVAE if isinstance(PRESETS[name].vae, PatchVAEConfig) else VAE
-    assert kinds == [UNet, vae, *texts]
+    assert kinds == [DiT if dit else UNet, vae, *texts]
     net = zoo.build(name)
     assert not net.training and all(p.is_meta for p in net.parameters())
     assert not torch.zeros(1).is_meta
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone", "text"),
+    [
+        ("pixart-256", 610_856_096, 4_762_310_656),
+        ("pixart-512", 610_856_096, 4_762_310_656),
+        ("pixart-1024", 611_349_152, 4_762_310_656),
+        ("shapes_dit", 3_338_512, 224_864),
+    ],
+)
+def test_parameter_counts(name: str, backbone: int, text: int) -> None:
+    nets = [zoo.build(name, part) for part in ("backbone", "text_encoder")]
+    assert [sum(p.numel() for p in net.parameters()) for net in nets] == [backbone, text]
+
+
+def test_pixart_has_its_published_schedule_positions_and_sizes() -> None:
+    for side in (256, 512, 1024):
+        spec = PRESETS[f"pixart-{side}"]
+        assert spec.latent_size == side // 8 and spec.vae == PRESETS["sd15"].vae
+        assert (spec.schedule.betas, spec.schedule.beta_start) == ("linear", 1e-4)
+        assert (spec.schedule.beta_end, spec.schedule.prediction) == (0.02, "eps")
+        assert [text.config.length for text in spec.text] == [120]
+        assert [text.config.masked for text in spec.text] == [True]
+        ids = spec.backbone.size_ids(side)
+        assert ids == ((1024.0, 1024.0, 1.0) if side == 1024 else None)
+    assert PRESETS["sdxl"].backbone.size_ids(1024) == (1024, 1024, 0, 0, 1024, 1024)
+    assert PRESETS["sd15"].backbone.size_ids(512) is None
 
 
 def test_build_takes_a_spec_and_a_device() -> None:
@@ -111,7 +148,12 @@ def broken(path: str, value: Any) -> dict[str, Any]:
         ("strengths.nasa", "big", "model.strengths.nasa must be float, got 'big'"),
         ("vae.kind", "TAESD", r"model.vae.kind must be one of \['VAEConfig', 'PatchVAEConfig'\]"),
         ("vae", 3, "model.vae.kind must be one of"),
-        ("backbone", None, "model.backbone must be an object of kind UNetConfig, got None"),
+        ("backbone", None, r"model.backbone.kind must be one of \['UNetConfig', 'DiTConfig'\]"),
+        (
+            "text.0.config.kind",
+            "T5Config",
+            r"model.text\[0\].config has an unknown key 'activation'",
+        ),
         ("one_step", {"kind": "TwoStep"}, "model.one_step must be an object of kind OneStep"),
         ("text.1.output", "first", r"model.text\[1\].output must be one of last, penultimate"),
         ("text.0.config.activation", "relu", r"model.text\[0\].config.activation must be one of"),
