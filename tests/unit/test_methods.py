@@ -69,8 +69,9 @@ def test_teacher_scores_equal_four_plain_calls() -> None:
     with torch.no_grad():
         expected = cfg(frozen(x_t, T, cond), frozen(x_t, T, null.expand(B)), kappa)
         adapted = cfg(net(x_t, T, cond), net(x_t, T, null.expand(B)), kappa_lora)
-    torch.testing.assert_close(scores.teacher, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scores.lora_teacher, adapted, rtol=1e-5, atol=1e-5)
+    # Matrix products of 12 rows and of 3 may round differently; values reach 30 before guidance.
+    for got, plain in ((scores.teacher, expected), (scores.lora_teacher, adapted)):
+        assert (got - plain).abs().max() < 2e-6 * plain.abs().max()
     assert (expected - adapted).abs().max() > 0.01
 
 
