@@ -69,9 +69,10 @@ def test_teacher_scores_equal_four_plain_calls() -> None:
     with torch.no_grad():
         expected = cfg(frozen(x_t, T, cond), frozen(x_t, T, null.expand(B)), kappa)
         adapted = cfg(net(x_t, T, cond), net(x_t, T, null.expand(B)), kappa_lora)
-    # Matrix products of 12 rows and of 3 may round differently; values reach 30 before guidance.
+    # Matrix products of 12 rows and of 3 may round differently: 7e-7 of the values' size on either
+    # side, which guidance (c and u, weighted 4 and -3) can raise tenfold.
     for got, plain in ((scores.teacher, expected), (scores.lora_teacher, adapted)):
-        assert (got - plain).abs().max() < 2e-6 * plain.abs().max()
+        assert (got - plain).abs().max() < 1e-5 * plain.abs().max()
     assert (expected - adapted).abs().max() > 0.01
 
 
