@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from snoopi.errors import writing
+
 _PAPER = (255, 255, 255)
 _INK = (36, 41, 47)
 _FONT_SIZE = 13
@@ -107,18 +109,23 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def write_atomically(path: Path, content: bytes) -> Path:
-    """Write a file whole or not at all (temporary beside it, then rename); makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a report from a web server
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    """Write a file whole or not at all (temporary beside it, then rename); makes the folder.
+
+    Raises:
+        OSError: naming `path`, not the temporary file.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a report from a web server
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
     return path
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from snoopi.errors import writing
+
 # What the progress line shows, in this order, if a row has it: key of the row, short name.
 _SHOWN = {
     "loss": "loss",
@@ -29,7 +31,7 @@ class RunLog:
     """Appends rows to `metrics.jsonl` and shows progress on stderr; does nothing on ranks above 0.
 
     On a terminal the progress line is redrawn in place; elsewhere a line is printed at most every
-    `interval` seconds. Each row is flushed, so a killed run loses none.
+    `interval` seconds. Each row is written at once, so a killed run loses none.
 
     Args:
         path: the file; its folder must exist. None: no file, progress only.
@@ -40,6 +42,7 @@ class RunLog:
 
     Raises:
         ValueError: the file has rows and the run was not resumed, or a row is not one of ours.
+        OSError: naming the file, here and in `write`, for example on a full disk.
     """
 
     def __init__(
@@ -58,10 +61,13 @@ class RunLog:
         self._tty = self._stream.isatty()
         self._start, self._first, self._shown = time.monotonic(), resumed, -math.inf
         self._width = 0
-        self._file: TextIO | None = None
+        self._path = path
+        self._file: Any = None  # a raw binary file
         if main and path is not None:
-            _keep_rows(path, resumed)
-            self._file = path.open("a", encoding="utf-8")
+            with writing(path):
+                _keep_rows(path, resumed)
+                # Unbuffered: what a full disk refused must not be tried again at exit.
+                self._file = path.open("ab", buffering=0)
 
     def __enter__(self) -> RunLog:
         return self
@@ -77,9 +83,15 @@ class RunLog:
         if self._file is not None:
             # Python would write NaN and Infinity, which are not JSON.
             safe = {name: _jsonable(value) for name, value in plain.items()}
-            self._file.write(json.dumps(safe, allow_nan=False) + "\n")
-            self._file.flush()
+            self._append(json.dumps(safe, allow_nan=False).encode() + b"\n")
         self.show(step, plain)
+
+    def _append(self, line: bytes) -> None:
+        """Write a row; a file system that takes a part of it says why at the next try."""
+        assert self._file is not None and self._path is not None
+        with writing(self._path):
+            while line:
+                line = line[self._file.write(line) :]
 
     def show(self, step: int, row: Mapping[str, Any]) -> None:
         """Draw or print the progress line; the last step is always shown."""
@@ -109,11 +121,10 @@ class RunLog:
         if self._width:
             self._stream.write("\n")
             self._width = 0
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with file:
+                os.fsync(file.fileno())
 
     def _seconds_left(self, step: int, now: float) -> float:
         done = step - self._first

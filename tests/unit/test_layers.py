@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = (
-    {"ops", "noise"},
+    {"ops", "noise", "errors"},
     {"guidance", "lora", "schedule", "pictures", "plots"},
     {"conditioning", "page"},
     {"layers"},

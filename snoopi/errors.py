@@ -1,0 +1,117 @@
+"""How a command ends early: a user's mistake is one line on stderr and status 2, a signal 128 + n.
+
+ValueError is the package's word for a mistake. OSErrors of the file system count, too (a full disk,
+a folder that is read-only); any other exception is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+# What a user's disk and paths can answer. EPIPE, timeouts and refused connections are not here.
+_DISK = frozenset(
+    (
+        *(errno.EACCES, errno.EBUSY, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO),
+        *(errno.EISDIR, errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG, errno.ENFILE, errno.ENODEV),
+        *(errno.ENOENT, errno.ENOLCK, errno.ENOSPC, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENXIO),
+        *(errno.EOPNOTSUPP, errno.EPERM, errno.EROFS, errno.ESTALE, errno.ETXTBSY),
+    )
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with its mistakes on one line, without the usage above them."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the one line and exit with status 2."""
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def one_line(error: Exception) -> str | None:
+    """The line for a user's mistake; None for an exception that only a bug can raise."""
+    if isinstance(error, OSError):
+        if error.errno not in _DISK:
+            return None
+        where = f"{os.fspath(error.filename)}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    # A library's message inside ours may have several lines.
+    return " ".join(str(error).split()) if isinstance(error, ValueError) else None
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file in an OSError that does not: a write to an open file knows no name.
+
+    safetensors reports a full disk with an error of its own; only its text tells the cause.
+    """
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        error.filename2 = None
+        raise
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+
+def leave_on_signals(command: str) -> None:
+    """End the process with one line on SIGINT and SIGTERM, until `interruptible` takes over.
+
+    For a command's first lines: importing torch takes seconds, and Ctrl-C there is no traceback.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"{command}: {signal.Signals(number).name}: stopped before it began\n".encode())
+        os._exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGTERM or SIGINT at a moment when nothing is lost by stopping at once.
+
+    A KeyboardInterrupt, so that no `except Exception` on the way takes it for an error.
+    """
+
+    def __init__(self, caught: int) -> None:
+        super().__init__()
+        self.caught = signal.Signals(caught)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM and SIGINT raise Interrupted in the body; the former handlers come back on exit.
+
+    Only the main thread can have handlers; in another one this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    former = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
