@@ -29,6 +29,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from snoopi.errors import Interrupted
+
 Shard = Literal["auto", "always", "never"]
 Dtype = Literal["fp32", "bf16"]
 
@@ -185,6 +187,15 @@ def any_rank(flag: bool) -> bool:
     total = torch.tensor(int(flag))
     dist.all_reduce(total, dist.ReduceOp.MAX)
     return bool(total)
+
+
+def first_text(text: str) -> str:
+    """The first rank's text that is not empty, on every rank; "" if all are. A collective."""
+    texts: list[Any] = [text]
+    if world_size() > 1:
+        texts = [None] * world_size()
+        dist.all_gather_object(texts, text)
+    return next((item for item in texts if item), "")
 
 
 def check_equal(what: str, value: Any) -> None:
@@ -375,7 +386,7 @@ class SignalGuard:
     """Turn SIGTERM and SIGINT (Ctrl-C) into a flag, so that a run can save its state and stop.
 
     `stop()` is asked after each step by every rank and answers the same on all. A second Ctrl-C
-    raises KeyboardInterrupt at once. The former handlers come back on exit.
+    raises Interrupted (a KeyboardInterrupt) at once. The former handlers come back on exit.
     """
 
     def __init__(self) -> None:
@@ -393,7 +404,7 @@ class SignalGuard:
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if self.caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise Interrupted(number)
         self.caught = signal.Signals(number)
         if is_main():
             # Not print: the signal may have come in the middle of a write to the same stream.

@@ -22,6 +22,7 @@ import pickle
 import re
 import shutil
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -38,6 +39,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.tensor import DTensor
 
 FORMAT, VERSION = "snoopi run state", 1
 _MANIFEST, _METADATA = "manifest.json", ".metadata"
@@ -80,6 +82,21 @@ class Manifest:
 
 
 # --- what goes into a state -----------------------------------------------------------------------
+
+
+def not_finite(state: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names of this rank's tensors in a state that hold NaN or infinity."""
+    bad = []
+    for name, value in state.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, nn.Module | OptimizerState):
+            value = value.state_dict()
+        if isinstance(value, Mapping):
+            bad += not_finite(value, f"{path}.")
+        elif isinstance(value, Tensor):
+            part = value.to_local() if isinstance(value, DTensor) else value
+            bad += [] if bool(torch.isfinite(part).all()) else [path]
+    return bad
 
 
 def trainable(module: nn.Module) -> dict[str, Tensor]:
@@ -158,6 +175,10 @@ def save(
         files = {name: entry for part in _gather(_hashes(partial)) for name, entry in part.items()}
         manifest = Manifest(step, config, _world(), torch.__version__, dict(sorted(files.items())))
         _agreed(lambda: _publish(manifest, partial, final), main_only=True)
+    except KeyboardInterrupt:
+        if _rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     except RunStateError as error:
         if _rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -278,6 +299,11 @@ def load_latest(folder: Path, state: dict[str, Any]) -> int:
     raise RunStateError(f"cannot resume from {folder}: {what}")
 
 
+def noted_config(folder: Path, step: int) -> str:
+    """What `save` was given as `config` for the state of a step."""
+    return manifest(Path(folder) / "state" / _name(step)).config
+
+
 def manifest(path: Path) -> Manifest:
     """The manifest of one state folder.
 
@@ -296,9 +322,12 @@ def manifest(path: Path) -> Manifest:
         )
     try:
         files = {str(name): (int(size), str(sha)) for name, (size, sha) in found["files"].items()}
-        return Manifest(**{**found, "files": files})
+        read = Manifest(**{**found, "files": files})
     except (AttributeError, KeyError, TypeError, ValueError):
         raise RunStateError(f"{path} is not a run state: {_MANIFEST} is malformed") from None
+    if not isinstance(read.step, int) or path.name != _name(read.step):
+        raise RunStateError(f"{path} is not the state of its name: it is of step {read.step!r}")
+    return read
 
 
 def _verified(path: Path) -> Metadata:
@@ -418,19 +447,22 @@ def lock(folder: Path) -> Iterator[None]:
 def _take_lock(folder: Path) -> Any:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a+", encoding="utf-8")
+        # Unbuffered: what a full disk refused must not be tried again at exit.
+        file = (folder / ".lock").open("a+b", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n".encode())
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().decode(errors="replace").strip() or "unknown"
+            file.close()
+            raise RunStateError(f"{folder} is in use by another run (process {holder})") from None
+        except OSError:
+            file.close()
+            raise
     except OSError as error:
         raise RunStateError(f"cannot use {folder} as a run's folder: {error.strerror}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
-        file.close()
-        raise RunStateError(f"{folder} is in use by another run (process {holder})") from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
     return file
 
 
@@ -461,6 +493,9 @@ def _agreed(work: Callable[[], T], *, main_only: bool = False) -> T | None:
         try:
             result = work()
         except (Exception, CheckpointException) as error:
+            _reraise_interrupt(error)
+            if not _expected(error):  # a bug of ours: the other ranks are told, this one shows it
+                traceback.print_exception(error)
             trouble = _cause(error)
     troubles = [item for item in _gather(trouble) if item]
     if troubles:
@@ -468,18 +503,39 @@ def _agreed(work: Callable[[], T], *, main_only: bool = False) -> T | None:
     return result
 
 
-def _cause(error: BaseException) -> str:
-    """The first line of what went wrong; DCP wraps the errors of its ranks."""
+def _reraise_interrupt(error: BaseException) -> None:
+    """DCP wraps a Ctrl-C like an error; it is none."""
     if isinstance(error, CheckpointException):
-        error = error.failures[min(error.failures)][0]
+        for wrapped, _ in error.failures.values():
+            if isinstance(wrapped, KeyboardInterrupt):
+                raise wrapped from None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what stands behind it; of DCP's wrapped errors the lowest rank's."""
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, CheckpointException):
+            behind = behind.failures[min(behind.failures)][0]
+        yield behind
+        behind = behind.__cause__ or behind.__context__
+
+
+def _expected(error: BaseException) -> bool:
+    """Whether a disk or a foreign file can be the reason."""
+    reasons = (OSError, RunStateError, pickle.UnpicklingError)
+    return any(isinstance(behind, reasons) for behind in _chain(error))
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong."""
+    error = next(_chain(error))
     if isinstance(error, RunStateError):
         return str(error)
     # torch's writer answers a full disk with an error of its own; the reason stands behind it.
-    behind: BaseException | None = error
-    while behind is not None:
+    for behind in _chain(error):
         if isinstance(behind, OSError) and behind.strerror:
             return behind.strerror
-        behind = behind.__cause__ or behind.__context__
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 

@@ -118,6 +118,61 @@ def test_a_failed_save_leaves_what_was_there(tmp_path: Path) -> None:
     assert runstate.load_latest(tmp_path, Run(seed=1).state()) == 1
 
 
+def test_a_bug_in_a_save_shows_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> None:
+        raise TypeError("ours")
+
+    monkeypatch.setattr(runstate, "_write", broken)
+    with pytest.raises(RunStateError, match="TypeError: ours"):
+        runstate.save(tmp_path, 1, Run().state())
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_ctrl_c_in_a_save_is_a_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DCP wraps it like an error."""
+    run = saved_steps(tmp_path, 1)
+
+    class Interrupting(runstate.FileSystemWriter):
+        def write_data(self, *_: Any) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runstate, "FileSystemWriter", Interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        runstate.save(tmp_path, 2, run.state())
+    assert [item.name for item in (tmp_path / "state").iterdir()] == ["step-00000001"]
+
+
+def test_what_is_not_finite_is_named() -> None:
+    run = Run()
+    run.train(range(1))
+    assert runstate.not_finite(run.state()) == []
+    run.net[2].bias.data[1] = torch.inf
+    run.average["0.weight"][0, 0] = torch.nan
+    run.optimizer.state[run.net[2].weight]["exp_avg_sq"][0, 0] = -torch.inf
+    assert runstate.not_finite(run.state()) == [
+        "net.2.bias",
+        "optimizer.2.weight.exp_avg_sq",
+        "average.0.weight",
+    ]
+
+
+def test_a_full_disk_takes_no_lock(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with (
+            pytest.raises(RunStateError, match=f"cannot use {tmp_path} as .*: File too large"),
+            runstate.lock(tmp_path),
+        ):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with runstate.lock(tmp_path):  # the refused one does not hold it
+        pass
+
+
 def test_leftovers_of_a_killed_save_are_not_states(tmp_path: Path) -> None:
     (tmp_path / "state" / ".partial-step-00000009").mkdir(parents=True)
     assert runstate.steps(tmp_path) == []
@@ -150,11 +205,17 @@ def age(state: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 0}))
 
 
+def misname(state: Path) -> None:
+    """A state that was copied to another step's name."""
+    path = state / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "step": 7}))
+
+
 def garble(state: Path) -> None:
     (state / "manifest.json").write_text('{"format": "snoopi run state", "version": 1, "files": 3}')
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, lose, lose_manifest, age, garble])
+@pytest.mark.parametrize("damage", [truncate, flip, lose, lose_manifest, age, garble, misname])
 def test_a_damaged_state_is_passed_over_aloud(
     damage: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
