@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from snoopi.conditioning import Conditioning
+from snoopi.errors import writing
 from snoopi.guidance import NAG, NASA, VSF, Guidance, cfg
 from snoopi.noise import Noise
 from snoopi.pictures import to_uint8
@@ -33,6 +35,16 @@ from snoopi.zoo import ModelSpec, TextSpec, build, text_part
 SPEC_FILE = "snoopi.json"
 SHIPPED = Path(__file__).parent / "shipped"  # model folders that come with the package
 FORMAT = 1
+_SIZES = (
+    "heads",
+    "head_dim",
+    "norm_groups",
+    "resnets",
+    "patch",
+    "in_channels",
+    "latent_size",
+    "steps",
+)
 
 # Attention guidances by their command-line name, from a strength.
 GUIDANCES: dict[str, Callable[[float], Guidance]] = {
@@ -101,8 +113,12 @@ class Pipeline:
         the batch. Raises ValueError for what it cannot do.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise ValueError("give at least one prompt, got an empty list")
         if num < 1:
             raise ValueError(f"num must be at least 1, got {num}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed}")
         if steps is not None and steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         negatives = _negatives(negative, len(prompts))
@@ -157,6 +173,8 @@ class Pipeline:
             raise ValueError("give at least one prompt")
         if scale is None:
             scale = self._default_scale(guidance)
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be a finite number, got {scale}")
         negatives = list(negatives or [None] * len(prompts))
         null, kappa = None, scale if guidance == "cfg" else self.spec.kappa
         if guidance == "cfg" and scale != 1:
@@ -286,16 +304,18 @@ class Pipeline:
         """Write the model folder atomically: all of it appears at once, or nothing changes.
 
         dtype: storage of floating-point weights; None: as they are.
+        Raises OSError naming `folder`, for example on a full disk.
         """
         folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            self._write(temporary, dtype)
-            temporary.chmod(0o755)
-            _replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            try:
+                self._write(temporary, dtype)
+                temporary.chmod(0o755)
+                _replace(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
         return folder
 
     def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
@@ -349,7 +369,7 @@ def load(
     spec, provenance = read_spec(folder)
     widen = dtype is None and torch.device(device).type == "cpu"
     parts = {part: _load_part(folder, spec, part, dtype, widen) for part in spec.parts()}
-    tokenizers = [_load_tokenizer(folder, i) for i in range(len(spec.text))]
+    tokenizers = [_load_tokenizer(folder, spec, i) for i in range(len(spec.text))]
     texts = [parts[text_part(i)] for i in range(len(spec.text))]
     pipeline = Pipeline(spec, parts["backbone"], parts["vae"], texts, tokenizers, provenance)
     if optimize == "auto":
@@ -374,18 +394,44 @@ def read_spec(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
     """The ModelSpec and the provenance in a model folder's snoopi.json."""
     path = folder / SPEC_FILE
     if not path.is_file():
-        what = "holds no" if folder.is_dir() else "does not exist, so it has no"
-        raise ValueError(f"{folder} is not a model folder: it {what} {SPEC_FILE}")
+        what = f"holds no {SPEC_FILE}" if folder.is_dir() else "does not exist"
+        what = "is a file" if folder.is_file() else what
+        raise ValueError(f"{folder} is not a model folder: it {what}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested without end
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"{path} is not of format {FORMAT}")
+    provenance = data.get("provenance") or {}
+    if not isinstance(provenance, dict):
+        raise ValueError(f"{path}: provenance must be an object, got {provenance!r:.80}")
     try:
-        return ModelSpec.from_json(data.get("model")), dict(data.get("provenance") or {})
-    except ValueError as error:
+        spec = ModelSpec.from_json(data.get("model"))
+        _check_sizes(dataclasses.asdict(spec), "model")
+        return spec, provenance
+    except (ValueError, ArithmeticError) as error:  # a config divides by its own numbers
         raise ValueError(f"{path}: {error}") from error
+
+
+def _check_sizes(value: Any, where: str) -> None:
+    """ValueError for a size that no network has, which torch would notice late or never."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _check_sizes(item, f"{where}.{name}")
+        heads, width = value.get("heads"), value.get("width")
+        free = "head_dim" in value or not (isinstance(heads, int) and isinstance(width, int))
+        if not free and width % heads:
+            raise ValueError(f"{where}.heads must divide the width {width}, got {heads}")
+    elif isinstance(value, tuple):
+        for item in value:
+            _check_sizes(item, where)
+    elif isinstance(value, int | float):
+        name = where.rsplit(".", 1)[-1]
+        if name in _SIZES and value < 1:
+            raise ValueError(f"{where} must be at least 1, got {value}")
+        if name in ("beta_start", "beta_end") and not 0 <= value < 1:
+            raise ValueError(f"{where} must be from 0 to below 1, got {value}")
 
 
 def load_weights(
@@ -400,13 +446,19 @@ def load_weights(
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    expected = {name: list(tensor.shape) for name, tensor in net.state_dict().items()}
+    wanted = net.state_dict()
+    expected = {name: list(tensor.shape) for name, tensor in wanted.items()}
     trouble = [f"lacks {name}" for name in expected if name not in state]
     trouble += [f"has an unexpected {name}" for name in state if name not in expected]
     trouble += [
         f"{name} must be {expected[name]}, got {list(tensor.shape)}"
         for name, tensor in state.items()
         if name in expected and list(tensor.shape) != expected[name]
+    ]
+    trouble += [
+        f"{name} must be of a floating type, got {tensor.dtype}"
+        for name, tensor in state.items()
+        if name in wanted and wanted[name].is_floating_point() != tensor.is_floating_point()
     ]
     if trouble:
         more = f"; and {len(trouble) - 5} more" if len(trouble) > 5 else ""
@@ -425,7 +477,13 @@ def _load_part(
     folder: Path, spec: ModelSpec, part: str, dtype: torch.dtype | None, widen: bool
 ) -> nn.Module | None:
     path = folder / f"{part}.safetensors"
-    return load_weights(build(spec, part), path, dtype, widen) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        net = build(spec, part)
+    except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:
+        raise ValueError(f"{folder / SPEC_FILE}: no {part} has these sizes: {error}") from error
+    return load_weights(net, path, dtype, widen)
 
 
 def _stored(value: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -436,9 +494,18 @@ def _stored(value: Tensor, dtype: torch.dtype | None) -> Tensor:
     return value.contiguous()
 
 
-def _load_tokenizer(folder: Path, index: int) -> Tokenizer | None:
+def _load_tokenizer(folder: Path, spec: ModelSpec, index: int) -> Tokenizer | None:
     path = folder / _tokenizer_folder(index)
-    return Tokenizer.load(path) if path.is_dir() else None
+    if not path.is_dir():
+        return None
+    found, encoder = Tokenizer.load(path), spec.text[index].config
+    sizes = (found.tokenizer.get_vocab_size(), found.max_length)
+    if sizes[0] > encoder.vocabulary or sizes[1] > encoder.length:
+        raise ValueError(
+            f"{path} does not fit its text encoder: expected at most {encoder.vocabulary} words "
+            f"and {encoder.length} tokens, got {sizes[0]} and {sizes[1]}"
+        )
+    return found
 
 
 def _tokenizer_folder(index: int) -> str:
@@ -470,11 +537,10 @@ def _replace(new: Path, old: Path) -> None:
     if not old.is_dir():
         raise ValueError(f"{old} is in the way: it is not a folder")
     aside = Path(tempfile.mkdtemp(prefix=f".{old.name}.old.", dir=old.parent))
-    os.rename(old, aside / "old")
     try:
+        os.rename(old, aside / "old")
         os.rename(new, old)
-    except OSError:
-        os.rename(aside / "old", old)
-        raise
     finally:
+        if not old.exists():  # an error or a Ctrl-C came between the two
+            os.rename(aside / "old", old)
         shutil.rmtree(aside, ignore_errors=True)

@@ -50,10 +50,9 @@ class Tokenizer:
         path = folder / FILE
         if not path.is_file():
             raise ValueError(f"{folder} holds no {FILE}")
+        text = path.read_bytes()
         try:
-            return cls(HFTokenizer.from_str(path.read_text(encoding="utf-8")))
-        except ValueError:
-            raise
+            return cls(HFTokenizer.from_str(text.decode()))
         except Exception as error:  # the tokenizers package raises bare Exception
             raise ValueError(f"{path} is not a tokenizer file: {error}") from error
 

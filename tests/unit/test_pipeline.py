@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import snoopi
+from snoopi import pipeline as pipeline_module
 from snoopi import zoo
 from snoopi.models.vae import PatchVAE
 from snoopi.noise import Noise
@@ -62,6 +65,34 @@ def test_fp16_is_stored_and_read_as_fp32_on_the_cpu(tmp_path: Path) -> None:
         assert after.state_dict()[name].dtype == torch.float32
         assert torch.equal(tensor.half().float(), after.state_dict()[name])
     assert snoopi.load(folder, dtype=torch.float16).backbone.conv_in.weight.dtype == torch.float16
+
+
+def test_a_save_that_fails_leaves_the_folder_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error or a Ctrl-C while it is written, and between the two renames at the end."""
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    rename, calls = os.rename, []
+
+    def interrupted(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: x (os error 28)")
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tiny().save(folder)
+    assert len(calls) == 3
+    monkeypatch.undo()
+    monkeypatch.setattr(pipeline_module, "save_file", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*model'"):
+        tiny().save(folder)
+    assert {p: p.read_bytes() for p in folder.parent.rglob("*") if p.is_file()} == before
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
 
 
 def test_dtype_and_optimize(folder: Path) -> None:
@@ -124,7 +155,12 @@ def test_a_broken_folder_is_refused(folder: Path, damage: str, message: str) -> 
     ("arguments", "message"),
     [
         ({"prompt": []}, "at least one prompt"),
+        ({"prompt": (), "negative": "a", "num": 2}, "at least one prompt, got an empty list"),
         ({"prompt": "a", "num": 0}, "num"),
+        ({"prompt": "a", "seed": -1}, "seed must be a whole number from 0"),
+        ({"prompt": "a", "seed": 2**63}, "seed must be a whole number from 0"),
+        ({"prompt": "a", "scale": float("nan")}, "scale must be a finite number, got nan"),
+        ({"prompt": "a", "guidance": "cfg", "scale": float("inf")}, "finite number, got inf"),
         ({"prompt": "a", "steps": 0}, "steps"),
         ({"prompt": "a", "size": (30, 32)}, "multiples of 4"),
         ({"prompt": "a", "guidance": "nassa"}, "guidance must be one of"),
