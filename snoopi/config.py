@@ -85,6 +85,10 @@ class Data:
     """Where prompts (and, for a teacher, pictures) come from."""
 
     world: Literal["shapes"] = _key("shapes", "captioned picture source")
+    prompts: str = _key(
+        "",
+        "file of prompts, .txt (one a line) or .jsonl (key prompt); '': captions of the world",
+    )
     null: Literal["encoded", "zeros"] = _key(
         "encoded", "the null text: the encoded empty prompt, or zeros"
     )
@@ -243,7 +247,9 @@ class Evaluate:
         low=0,
     )
     teacher: bool = _key(True, "measure the teacher beside its student (method vsd)")
-    teacher_steps: int = _key(25, "sampler steps of the teacher it is compared with", low=1)
+    teacher_steps: int = _key(
+        25, "sampler steps of the teacher it is compared with", low=1, high=1000
+    )
     teacher_kappa: float = _key(2.25, "guidance scale of that teacher", low=0)
     teacher_kappas: tuple[float, ...] = _key(
         (4.0,), "further guidance scales at which a teacher is measured (method denoise)", low=0
@@ -268,7 +274,10 @@ class Config:
     evaluate: Evaluate = field(default_factory=Evaluate)
 
 
-_DISTIL = ("kappa", "vsd", "lora", "optim.lora", "model.teacher", "model.student_init")
+_DISTIL = (
+    *("kappa", "vsd", "lora", "optim.lora"),
+    *("data.prompts", "model.teacher", "model.student_init"),
+)
 # Sections and keys that a method does not read. Setting one is an error: it would change nothing.
 _UNREAD: dict[str, tuple[str, ...]] = {
     "vsd": ("denoise", "autoencode", "model.preset", "model.vae", "evaluate.teacher_kappas"),
@@ -459,7 +468,7 @@ def _read(name: str, folder: Path | None) -> tuple[str, str, Path | None]:
         known = recipes()
         if name not in known:
             raise ConfigError(
-                f"unknown recipe {name!r}{_nearest(name, known)}; "
+                f"unknown recipe {name!r}{nearest(name, known)}; "
                 f"known: {', '.join(known)}, or the path of a .toml file"
             )
         source = f"recipes/{name}.toml"
@@ -486,7 +495,7 @@ def _keys_of(table: Mapping[str, Any], source: str, prefix: str = "") -> Iterato
         elif path not in _SECTIONS:
             what = "section" if isinstance(value, dict) else "key"
             raise ConfigError(
-                f"{source}: unknown {what} {path}{_nearest(path, [*_DECLARED, *_SECTIONS])}"
+                f"{source}: unknown {what} {path}{nearest(path, [*_DECLARED, *_SECTIONS])}"
             )
         elif isinstance(value, dict):
             yield from _keys_of(value, source, f"{path}.")
@@ -512,7 +521,7 @@ def _keys_of_override(override: str) -> Iterator[tuple[str, Any]]:
     return _keys_of({path: parsed}, f"override {override!r}")
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
     """`; the nearest is X`, by whole paths first and by their last part next."""
     by_last = {item.rsplit(".", 1)[-1]: item for item in known}
     whole = difflib.get_close_matches(name, known, 1, 0.7)
@@ -534,6 +543,9 @@ def _check_whole(config: Config, sources: Mapping[str, str], recipe: str) -> Non
             f"{source}: run.accumulate: expected a divisor of run.batch = {run.batch}, "
             f"got {run.accumulate}"
         )
+    if config.evaluate.prompts == 1 and method != "autoencode":  # no covariance of one picture
+        source = sources.get("evaluate.prompts", recipe)
+        raise ConfigError(f"{source}: evaluate.prompts: expected 0, or at least 2, got 1")
     if method == "vsd" and not config.model.teacher:
         raise ConfigError(
             f"{recipe}: model.teacher: expected a model folder or the name of a recipe, got ''"
@@ -606,6 +618,20 @@ def reference() -> str:
 def digest(config: Config) -> str:
     """SHA-256 of the resolved recipe: kept in each run state."""
     return hashlib.sha256(to_toml(config).encode()).hexdigest()
+
+
+def identity(config: Config, free: Sequence[str]) -> str:
+    """SHA-256 of what a resumed run must not change: keys that differ from their defaults.
+
+    free: beginnings of keys that are left out. A key that a later version adds changes nothing.
+    """
+    defaults = {item.path: item.default for item in _walk(Config())}
+    fixed = {
+        item.path: item.default
+        for item in _walk(config)
+        if item.default != defaults[item.path] and not item.path.startswith(tuple(free))
+    }
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
 def differences(before: Config, after: Config) -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from snoopi import lora, parallel, zoo
 from snoopi.conditioning import Conditioning
 from snoopi.config import Config, Optim
+from snoopi.data import PromptList
 from snoopi.methods.autoencode import autoencoding_loss
 from snoopi.methods.denoise import denoising_loss, draw_timesteps, drop_text
 from snoopi.methods.ema import EMA
@@ -189,6 +190,7 @@ class TeacherTrainer:
     def _spec(self) -> zoo.ModelSpec:
         """The preset with the world's vocabulary, the VAE's config, the recipe's prediction."""
         spec, tokenizer = zoo.preset(self.config.model.preset), self.tokenizer
+        _check_vae(self.vae.config, spec, self.world)
         text = spec.text[0]
         words = tokenizer.tokenizer.get_vocab_size()
         encoder = text.config.for_words(words, tokenizer.max_length)
@@ -263,8 +265,8 @@ class TeacherTrainer:
         return Pipeline(self.spec, nets["backbone"], vae, [nets["text_encoder"]], [self.tokenizer])
 
     def describe(self, step: int) -> str:
-        """Timesteps and captions of a step."""
-        part = _parts(self.config)[0]
+        """Timesteps and captions of a step (of this rank's share)."""
+        part = parallel.slice_of(self.config.run.batch)
         t = self._timesteps(step, part).tolist()
         captions = self.world.batch(self.noise, step, part).captions
         return f"t = {t}, captions = {captions}"
@@ -282,9 +284,12 @@ class Distiller:
     ) -> None:
         self.config, self.device = config, device
         self.noise, self.world = Noise(config.run.seed), ShapesWorld()
+        file = config.data.prompts
+        self.prompts = PromptList(file, self.noise) if file else None
         self.teacher = teacher.to(device)
         frozen, teacher.backbone = teacher.backbone, None  # becomes the pair: no third copy
-        assert frozen is not None
+        if frozen is None:
+            raise ValueError("model.teacher: this model folder has no backbone")
         self.spec = dataclasses.replace(
             teacher.spec,
             null=config.data.null,
@@ -325,8 +330,14 @@ class Distiller:
 
     @torch.no_grad()
     def _part(self, step: int, indices: range) -> Part:
-        prompts = self.world.prompts(self.noise, stream="prompts", step=step, indices=indices)
+        prompts = self._prompts(step, indices)
         return Part(indices, prompts, self.teacher.encode(prompts))
+
+    def _prompts(self, step: int, indices: range) -> list[str]:
+        """Prompts of a step: of the recipe's file, or captions of the world."""
+        if self.prompts is not None:
+            return self.prompts.batch(step, self.config.run.batch, indices)
+        return self.world.prompts(self.noise, stream="prompts", step=step, indices=indices)
 
     def _update_student(
         self, step: int, parts: Sequence[Part]
@@ -410,11 +421,30 @@ class Distiller:
         return Pipeline(self.spec, net, vae, texts, teacher.tokenizers)
 
     def describe(self, step: int) -> str:
-        """Timesteps, guidance scales and prompts of a step."""
-        part = self._part(step, _parts(self.config)[0])
-        t = self.noise.integers("t", step, part.indices, *self.config.vsd.t).tolist()
-        kappa, kappa_lora = (k.tolist() for k in self._kappa(step, part.indices))
-        return f"t = {t}, kappa = {kappa}, kappa_lora = {kappa_lora}, prompts = {part.prompts}"
+        """Timesteps, guidance scales and prompts of a step (of this rank's share)."""
+        indices = parallel.slice_of(self.config.run.batch)
+        t = self.noise.integers("t", step, indices, *self.config.vsd.t).tolist()
+        kappa, kappa_lora = (
+            [round(k, 4) for k in ks.tolist()] for ks in self._kappa(step, indices)
+        )
+        prompts = self._prompts(step, indices)
+        return f"t = {t}, kappa = {kappa}, kappa_lora = {kappa_lora}, prompts = {prompts}"
+
+
+def _check_vae(vae: VAEConfig | PatchVAEConfig, spec: zoo.ModelSpec, world: ShapesWorld) -> None:
+    """ValueError for latents that the preset's backbone does not take, or pictures of a size that
+    the world does not draw."""
+    channels, side = spec.backbone.in_channels, spec.latent_size * vae.factor
+    if vae.latent_channels != channels:
+        raise ValueError(
+            f"model.vae: {spec.arch} needs latents of {channels} channels, "
+            f"got {vae.latent_channels}"
+        )
+    if side != world.size:
+        raise ValueError(
+            f"model.preset: {spec.arch} makes pictures of {side} pixels a side, "
+            f"the world of {world.size}"
+        )
 
 
 def _parts(config: Config) -> list[range]:

@@ -83,6 +83,8 @@ def test_overrides_are_toml_or_bare_text_and_the_last_wins() -> None:
         ("optim.student.lr=nan", ["expected number, got nan"]),
         ("optim.student.lr=true", ["expected number, got True"]),
         ("optim.student.betas=[0.9, 1.0]", ["optim.student.betas", "got [0.9, 1.0]"]),
+        ("evaluate.prompts=1", ["expected 0, or at least 2, got 1"]),
+        ("evaluate.teacher_steps=1001", ["from 1 to 1000, got 1001"]),
         ("optim.student.warmup=20", ["expected less than run.steps = 20, got 20"]),
         ("kappa.teacher=[4.0, 0.5]", ["low <= high", "got [4.0, 0.5]"]),
         ("kappa.teacher=3", ["expected [number, number], got 3"]),
@@ -147,6 +149,16 @@ def test_unreadable_recipes_are_named(tmp_path: Path) -> None:
         config.load(tmp_path / "y.toml")
     with pytest.raises(ConfigError, match="unknown recipe 'pgsb'; the nearest is pgsb_shapes"):
         config.load("pgsb")
+
+
+def test_identity_is_of_what_decides_a_runs_numbers() -> None:
+    def identity(*overrides: str) -> str:
+        return config.identity(config.load("debug", overrides), ("run.log", "evaluate."))
+
+    assert identity() == identity("run.log=7", "evaluate.prompts=0")
+    assert identity() != identity("run.seed=1")
+    assert identity() != identity("data.prompts=mine.txt")
+    assert config.identity(config.Config(), ()) == config.identity(config.Config(), ("run.",))
 
 
 def test_the_reference_has_a_line_with_a_meaning_for_every_key() -> None:
