@@ -50,10 +50,13 @@ class Observer:
 
     def finish(self, model: Path, source: Path | None, seconds: dict[str, float]) -> None:
         """Measure the finished model and write the report."""
+        if not self.config.evaluate.prompts:
+            print(f"wrote {model}", flush=True)
+            return
         pictures, back = self._reconstruct(load(model, optimize="auto"))
-        image = grid(
-            torch.cat([pictures[:GRID], back[:GRID]]), GRID, row_titles=["picture", "decoded"]
-        )
+        columns = min(GRID, len(pictures))
+        tiles = torch.cat([pictures[:columns], back[:columns]])
+        image = grid(tiles, columns, row_titles=["picture", "decoded"])
         figure = Figure("Pictures and their reconstructions", image, "Held-out pictures.")
         summary = {"psnr": psnr(back, pictures), "seconds": seconds}
         self.write([figure], summary, {}, [])
@@ -291,8 +294,9 @@ def _comparison(config: Config, ruler: Ruler, pictures: dict[str, Tensor]) -> Fi
     }
     rows = [name for name in names if name in pictures]
     prompts = [ruler.prompts[i] for i in pick(ruler.prompts, 2 * GRID)]
-    tiles = torch.cat([pictures[row][:GRID] for row in rows])
-    image = grid(tiles, GRID, titles=prompts[:GRID], row_titles=[names[row] for row in rows])
+    columns = min(GRID, len(prompts))
+    tiles = torch.cat([pictures[row][:columns] for row in rows])
+    image = grid(tiles, columns, titles=prompts[:columns], row_titles=[names[row] for row in rows])
     caption = "Held-out prompts; all generated rows start from the same noise."
     alt = f"A grid of {', '.join(names[row] for row in rows)} for {GRID} prompts"
     return Figure("Same prompts, same noise", image, caption, alt)

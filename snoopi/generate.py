@@ -11,6 +11,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from snoopi import errors
+
+if __name__ == "__main__":
+    errors.leave_on_signals("snoopi.generate")  # the imports below take seconds
+
 import torch
 
 from snoopi.pictures import save_png
@@ -20,19 +25,28 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0, or 2 for a user's mistake."""
-    options = _parser().parse_args(arguments)
+    """The command; returns its exit status: 0, 2 for a user's mistake, 130 or 143 when stopped."""
+    options = _parser().parse_intermixed_args(arguments)
     try:
-        _generate(options)
+        with errors.interruptible():
+            _generate(options)
     except (ValueError, OSError) as error:
-        print(f"snoopi.generate: {error}", file=sys.stderr)
+        line = errors.one_line(error)
+        if line is None:
+            raise
+        print(f"snoopi.generate: {line}", file=sys.stderr)
         return 2
+    except errors.Interrupted as stop:
+        print(f"snoopi.generate: {stop.caught.name}: stopped", file=sys.stderr)
+        return 128 + stop.caught
     return 0
 
 
 def _generate(options: argparse.Namespace) -> None:
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"--out must end in .png, got {options.out}")
+    if options.out.is_dir():
+        raise ValueError(f"--out must be a file, got the folder {options.out}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no CUDA device")
     size = _size(options.size)
@@ -80,7 +94,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = errors.Parser(
         prog="snoopi.generate",
         description="Pictures from a prompt.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

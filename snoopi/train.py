@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -17,15 +18,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from snoopi import errors
+
+if __name__ == "__main__":
+    errors.leave_on_signals("snoopi.train")  # the imports below take seconds
+
 import torch
 
 from snoopi import config as recipes
 from snoopi import parallel, runstate, zoo
 from snoopi.config import Config
+from snoopi.data import PromptList
 from snoopi.final import OBSERVERS, Observer
+from snoopi.noise import Noise
 from snoopi.pictures import write_atomically
-from snoopi.pipeline import SHIPPED, load, shipped, shipped_or_path
-from snoopi.runlog import RunLog
+from snoopi.pipeline import SHIPPED, Pipeline, load, shipped, shipped_or_path
+from snoopi.runlog import RunLog, read
 from snoopi.trainers import Distiller, TeacherTrainer, Trainer, VAETrainer
 
 DEFAULT = "pgsb_shapes_gap"
@@ -42,6 +50,8 @@ FREE = (
     "run.keep",
     "run.accumulate",
 )
+_IDENTITY = "steps:"  # states of earlier versions note a digest of another kind, without it
+_WRITTEN = ("model", "config.toml", "report.html", "summary.json")  # atomically, in a run's folder
 
 
 class Stopped(Exception):
@@ -54,36 +64,55 @@ class Stopped(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, 2 for a user's mistake, 130 or 143 when stopped."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     try:
-        config, out = _resolve(options)
-        if options.print_config:
-            print(recipes.to_toml(config), end="")
-        elif options.dry_run:
-            print(_plan(config, out))
-        else:
-            group = config.parallel.shard == "always"
-            with parallel.session(config.run.device, group) as device:
-                run(config, out, device, resume=options.resume)
-    except ValueError as error:
-        if parallel.is_main():
-            print(f"snoopi.train: {error}", file=sys.stderr)
+        with errors.interruptible():
+            _command(options)
+    except (ValueError, OSError) as error:
+        line = errors.one_line(error)
+        if line is None:
+            raise
+        _complain(line, every_rank=isinstance(error, OSError))
         return 2
     except Stopped as stopped:
-        if parallel.is_main():
-            print(f"snoopi.train: {stopped}", file=sys.stderr)
+        _complain(str(stopped))
         return stopped.status
+    except errors.Interrupted as stop:
+        _complain(f"{stop.caught.name}: stopped at once; the same command with --resume goes on")
+        return 128 + stop.caught
     return 0
+
+
+def _command(options: argparse.Namespace) -> None:
+    config, out = _resolve(options)
+    if options.print_config:
+        print(recipes.to_toml(config), end="")
+    elif options.dry_run:
+        print(_plan(config, out))
+    else:
+        group = config.parallel.shard == "always"
+        with parallel.session(config.run.device, group) as device:
+            run(config, out, device, resume=options.resume)
+
+
+def _complain(line: str, every_rank: bool = False) -> None:
+    """One line on stderr: of rank 0, or (where the others may be well) of each rank it befalls."""
+    rank = int(os.environ.get("RANK", "0"))  # there may be no process group yet, or no more
+    if rank == 0 or every_rank:
+        where = f"rank {rank}: " if rank else ""
+        print(f"snoopi.train: {where}{line}", file=sys.stderr, flush=True)
 
 
 def run(config: Config, out: Path, device: torch.device, *, resume: bool = False) -> None:
     """One run from recipe to report, in the folder `out`; a missing teacher is trained first."""
     method, started = config.run.method, time.monotonic()
+    _check(config, out, resume)
     source = _source(config, out, device)
     seconds = {"sources": time.monotonic() - started}
     started = time.monotonic()
+    trainer = _trainer(config, device, source)  # before the lock: a mistake leaves no folder
     with runstate.lock(out):
-        trainer = _trainer(config, device, source)
+        _tidy(out)
         _say(f"{out}: {_what(config)}")
         observer = OBSERVERS[method](config, out)
         fit(trainer, config, out, observer, resume=resume)
@@ -96,22 +125,81 @@ def run(config: Config, out: Path, device: torch.device, *, resume: bool = False
         observer.finish(model, source, seconds)
 
 
+def _check(config: Config, out: Path, resume: bool) -> None:
+    """What can be known to fail before the first minute is spent. Writes nothing."""
+    parallel.micro_batches(parallel.slice_of(config.run.batch), config.run.accumulate)
+    if config.data.prompts:
+        PromptList(config.data.prompts, Noise(config.run.seed))
+    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise ValueError(f"cannot use {out} as a run's folder: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot use {out} as a run's folder: {parent} cannot be written to")
+    _check_unused(out, resume)
+
+
+def _check_unused(out: Path, resume: bool) -> None:
+    """ValueError where a run without --resume would take another one's folder."""
+    found, path = runstate.steps(out), out / "metrics.jsonl"
+    rows = read(path) if path.exists() else []
+    done = f"up to step {found[-1]}" if found else "that was stopped before its first state"
+    if not resume and (found or rows):
+        raise ValueError(f"{out} holds a run {done}: add --resume, or another --out")
+
+
+def _tidy(out: Path) -> None:
+    """Remove what a killed run was writing under another name; all of it is written anew."""
+    if parallel.is_main():
+        for pattern in (*(f".{name}.*" for name in _WRITTEN), "samples/.*.png.*"):
+            for left in out.glob(pattern):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 def _trainer(config: Config, device: torch.device, source: Path | None) -> Trainer:
     """The trainer of run.method, from the model folder it starts with."""
     if config.run.method == "autoencode":
         return VAETrainer(config, device)
     if config.run.method == "denoise":
-        vae = load(source, dtype=torch.float32).vae if source else None
-        return TeacherTrainer(config, device, vae)
+        return TeacherTrainer(config, device, _load("model.vae", source).vae if source else None)
     assert source is not None
     init = config.model.student_init
-    # Trained from fp32, however it is stored.
-    student = None if init == "teacher" else load(init, dtype=torch.float32)
-    return Distiller(config, device, load(source, dtype=torch.float32), student)
+    student = None if init == "teacher" else _load("model.student_init", Path(init))
+    trainer = Distiller(config, device, _load("model.teacher", source), student)
+    if trainer.prompts is not None:
+        _say_unknown(trainer.prompts, trainer.teacher)
+    return trainer
+
+
+def _load(key: str, folder: Path) -> Pipeline:
+    """A model folder with all that its use needs, in fp32, in which runs keep their weights."""
+    found = load(folder, dtype=torch.float32)
+    texts = [*found.text_encoders, *found.tokenizers]
+    lacks = {
+        "model.vae": {"vae": found.vae is None},
+        "model.student_init": {"backbone": found.backbone is None},
+        "model.teacher": {
+            "backbone": found.backbone is None,
+            "vae": found.vae is None,
+            "text encoder or tokenizer": any(part is None for part in texts),
+        },
+    }[key]
+    missing = [name for name, lacking in lacks.items() if lacking]
+    if missing:
+        raise ValueError(f"{key}: {folder} has no {', no '.join(missing)}")
+    return found
+
+
+def _say_unknown(prompts: PromptList, teacher: Pipeline) -> None:
+    """Say once which words of the prompts a small vocabulary reads as one unknown word."""
+    for tokenizer in filter(None, teacher.tokenizers):
+        words = sorted({word for text in prompts.prompts for word in tokenizer.unknown(text)})
+        if words:
+            more = f" and {len(words) - 10} more" if len(words) > 10 else ""
+            _say(f"{prompts.path}: not in the vocabulary: {', '.join(words[:10])}{more}")
 
 
 def fit(trainer: Trainer, config: Config, out: Path, observer: Observer, *, resume: bool) -> None:
-    """The loop: step, log, look, save; stops on a signal, or on a loss that is not finite."""
+    """The loop: step, log, look, save; stops on a signal, or on what is not finite."""
     steps, every = config.run.steps, config.evaluate.every
     first = _first_step(trainer, config, out, resume)
     with (
@@ -122,9 +210,13 @@ def fit(trainer: Trainer, config: Config, out: Path, observer: Observer, *, resu
         for step in range(first, steps):
             row = trainer.step(step)
             done, pictures = step + 1, pictures + config.run.batch
-            _check_finite(row, trainer, step)
+            _check_finite([n for n, v in row.items() if not math.isfinite(v)], trainer, done)
+            stopping = guard.stop()
             # The last step is measured by observer.finish, on the model folder as it was written.
             looking = every > 0 and done % every == 0 and done < steps
+            saving = done % config.run.save == 0 or done == steps or stopping
+            if looking or saving:  # the update of this step may have gone wrong after its loss
+                _check_finite(runstate.not_finite(trainer.state()), trainer, done)
             if looking or done % config.run.log == 0 or done == steps:
                 row = parallel.mean(row)
                 row["images_per_s"] = pictures / (time.monotonic() - clock)
@@ -132,50 +224,65 @@ def fit(trainer: Trainer, config: Config, out: Path, observer: Observer, *, resu
                     row |= observer.look(trainer.pipeline(), done)
                 log.write(done, row)
                 clock, pictures = time.monotonic(), 0
-            stopping = guard.stop() and done < steps
-            if done % config.run.save == 0 or done == steps or stopping:
+            if saving:
                 _save(trainer, config, out, done)
             if stopping:
-                message = f"stopped after step {done}; --resume --out {out} goes on from there"
-                raise Stopped(message, guard.caught or signal.SIGTERM)
+                break
+    if guard.stop():  # asked here, too: a signal may have come while the last state was written
+        rest = "finishes with the report" if done == steps else "goes on from there"
+        message = f"stopped after step {done} of {steps}; --resume --out {out} {rest}"
+        raise Stopped(message, guard.caught or signal.SIGTERM)
 
 
-def _check_finite(row: dict[str, Any], trainer: Trainer, step: int) -> None:
-    """Stop on a figure that is not finite, naming what the step was made of."""
-    bad = [name for name, value in row.items() if not math.isfinite(float(value))]
-    if parallel.any_rank(bool(bad)):
-        names = ", ".join(bad) or "a figure of another rank"
-        raise ValueError(
-            f"step {step}: {names} is not finite; the run stops, its last state is whole. "
-            f"{trainer.describe(step)}"
-        )
+def _check_finite(bad: list[str], trainer: Trainer, done: int) -> None:
+    """Stop if a rank found a figure or a tensor not finite, naming what the step was made of.
+
+    bad: the names that this rank found.
+    """
+    if not parallel.any_rank(bool(bad)):
+        return
+    more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+    text = f"{', '.join(bad[:4])}{more} not finite: {trainer.describe(done - 1)}" if bad else ""
+    raise ValueError(
+        f"step {done}: {parallel.first_text(text)}; the run stops, what it saved before is whole"
+    )
 
 
 def _first_step(trainer: Trainer, config: Config, out: Path, resume: bool) -> int:
     """The step to start from: that of the newest run state with --resume, else 0."""
-    found = runstate.steps(out)
-    if found and not resume:
-        raise ValueError(
-            f"{out} holds a run up to step {found[-1]}: add --resume, or another --out"
-        )
-    if not found:
+    _check_unused(out, resume)  # again: now nobody else can start one there
+    step = 0
+    if runstate.steps(out):
+        before = recipes.load(out / "config.toml")
+        changed = [d for d in recipes.differences(before, config) if not d.startswith(FREE)]
+        if changed:
+            raise ValueError(f"{out} was started with another recipe: {'; '.join(changed)}")
+        step = runstate.load_latest(out, trainer.state())
+        noted = runstate.noted_config(out, step)
+        if noted.startswith(_IDENTITY) and noted != _identity(config):
+            raise ValueError(
+                f"{out}: config.toml or the file of data.prompts is another than at step {step}: "
+                "put it back, or start anew with another --out"
+            )
+        _say(f"{out}: resumed after step {step}")
+    elif (out / "metrics.jsonl").exists():
+        _say(f"{out}: stopped before its first run state, starting again")
         if parallel.is_main():
-            if resume:  # killed before its first state: nothing to go on from
-                (out / "metrics.jsonl").unlink(missing_ok=True)
-            write_atomically(out / "config.toml", recipes.to_toml(config).encode())
-        return 0
-    before = recipes.load(out / "config.toml")
-    changed = [d for d in recipes.differences(before, config) if not d.startswith(FREE)]
-    if changed:
-        raise ValueError(f"{out} was started with another recipe: {'; '.join(changed)}")
-    step = runstate.load_latest(out, trainer.state())
-    _say(f"{out}: resumed after step {step}")
+            (out / "metrics.jsonl").unlink()
+    if parallel.is_main():
+        write_atomically(out / "config.toml", recipes.to_toml(config).encode())
     return step
 
 
 def _save(trainer: Trainer, config: Config, out: Path, done: int) -> None:
-    digest = recipes.digest(config)
-    runstate.save(out, done, trainer.state(), config=digest, keep=config.run.keep)
+    runstate.save(out, done, trainer.state(), config=_identity(config), keep=config.run.keep)
+
+
+def _identity(config: Config) -> str:
+    """What a run state notes of its recipe: all that decides the numbers of its steps."""
+    file = config.data.prompts
+    prompts = PromptList(file, Noise(config.run.seed)).digest if file else ""
+    return f"{_IDENTITY}{recipes.identity(config, FREE)}{prompts}"
 
 
 def _source(config: Config, out: Path, device: torch.device) -> Path | None:
@@ -187,9 +294,15 @@ def _source(config: Config, out: Path, device: torch.device) -> Path | None:
     name = {"vsd": config.model.teacher, "denoise": config.model.vae}.get(config.run.method, "")
     if not name:
         return None
-    if name in shipped() or name not in recipes.recipes():
+    known = [*shipped(), *recipes.recipes()]
+    if name not in known and "/" not in name and not Path(name).exists():
+        near = recipes.nearest(name, known)
+        raise ValueError(f"{name!r} is no model folder, no recipe and no shipped model{near}")
+    if name in shipped() or name not in known:
         return shipped_or_path(name)
     folder = out.parent / name
+    if folder.absolute() == out.absolute():
+        raise ValueError(f"{out}: a run cannot start from itself; choose another --out")
     if not (folder / "model").is_dir():
         _say(f"{folder / 'model'} is not there yet: training it first")
         run(recipes.load(name), folder, device, resume=True)
@@ -260,7 +373,7 @@ def _say(text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = errors.Parser(
         prog="snoopi.train",
         description="Train a teacher, or distil one into a one-step student (PG-SB).",
         epilog="Keys of a recipe (section.key, type, default, meaning):\n\n" + recipes.reference(),
