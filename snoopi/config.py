@@ -615,11 +615,6 @@ def reference() -> str:
     return "\n".join("  ".join([*(map(str.ljust, row, widths)), row[3]]) for row in rows) + "\n"
 
 
-def digest(config: Config) -> str:
-    """SHA-256 of the resolved recipe: kept in each run state."""
-    return hashlib.sha256(to_toml(config).encode()).hexdigest()
-
-
 def identity(config: Config, free: Sequence[str]) -> str:
     """SHA-256 of what a resumed run must not change: keys that differ from their defaults.
 

@@ -420,8 +420,12 @@ def _check_sizes(value: Any, where: str) -> None:
         for name, item in value.items():
             _check_sizes(item, f"{where}.{name}")
         heads, width = value.get("heads"), value.get("width")
-        free = "head_dim" in value or not (isinstance(heads, int) and isinstance(width, int))
-        if not free and width % heads:
+        if (
+            isinstance(heads, int)
+            and isinstance(width, int)
+            and "head_dim" not in value  # else any number of heads has a width of its own
+            and width % heads
+        ):
             raise ValueError(f"{where}.heads must divide the width {width}, got {heads}")
     elif isinstance(value, tuple):
         for item in value:
@@ -491,6 +495,8 @@ def _stored(value: Tensor, dtype: torch.dtype | None) -> Tensor:
     value = value.detach().cpu()
     if dtype is not None and value.is_floating_point():
         value = value.to(dtype)
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"a weight is too large for {dtype}, or not finite: store fp32")
     return value.contiguous()
 
 

@@ -67,6 +67,14 @@ def test_fp16_is_stored_and_read_as_fp32_on_the_cpu(tmp_path: Path) -> None:
     assert snoopi.load(folder, dtype=torch.float16).backbone.conv_in.weight.dtype == torch.float16
 
 
+def test_fp16_does_not_overflow_silently(tmp_path: Path) -> None:
+    pipeline = tiny()
+    pipeline.backbone.conv_in.bias.data[0] = 1e5
+    with pytest.raises(ValueError, match=r"too large for torch\.float16"):
+        pipeline.save(tmp_path / "model", torch.float16)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_save_that_fails_leaves_the_folder_whole(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
