@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import dataclasses
 import io
 import json
@@ -322,7 +323,7 @@ def test_a_failed_write_leaves_the_old_file(
     path = pictures.write_atomically(tmp_path / "a.txt", b"old")
 
     def fail(*_: object) -> None:
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="no space"):
