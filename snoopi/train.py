@@ -336,9 +336,10 @@ def _plan(config: Config, out: Path) -> str:
 
 
 def _what(config: Config) -> str:
-    run = config.run
+    run, teacher = config.run, config.model.teacher
+    whence = " (comes with the package)" if teacher in shipped() else ""
     verbs = {
-        "vsd": "distilling a one-step student",
+        "vsd": f"distilling {teacher}{whence} into one step",
         "denoise": "training a teacher",
         "autoencode": "training a VAE",
     }
