@@ -12,8 +12,9 @@ import errno
 import os
 import re
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -115,3 +116,23 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def status(command: str, work: Callable[[], None]) -> int:
+    """Do a command's work; its exit status: 0, 2 for a user's mistake, 130 or 143 when stopped.
+
+    A mistake and a stop are one line on stderr; a bug of ours keeps its traceback.
+    """
+    try:
+        with interruptible():
+            work()
+    except (ValueError, OSError) as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        print(f"{command}: {line}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(f"{command}: {stop.caught.name}: stopped", file=sys.stderr)
+        return 128 + stop.caught
+    return 0

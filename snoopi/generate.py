@@ -27,19 +27,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, 2 for a user's mistake, 130 or 143 when stopped."""
     options = _parser().parse_intermixed_args(arguments)
-    try:
-        with errors.interruptible():
-            _generate(options)
-    except (ValueError, OSError) as error:
-        line = errors.one_line(error)
-        if line is None:
-            raise
-        print(f"snoopi.generate: {line}", file=sys.stderr)
-        return 2
-    except errors.Interrupted as stop:
-        print(f"snoopi.generate: {stop.caught.name}: stopped", file=sys.stderr)
-        return 128 + stop.caught
-    return 0
+    return errors.status("snoopi.generate", lambda: _generate(options))
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from snoopi import config as recipes
+from snoopi import errors
 from snoopi.evaluate.negatives import METHODS, GuidanceTable, guidance_table
 from snoopi.evaluate.world import gap_closed
 from snoopi.pictures import write_atomically
@@ -41,14 +42,9 @@ class RunKey(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0, or 2 for a user's mistake."""
+    """The command; returns its exit status: 0, 2 for a user's mistake, 130 or 143 when stopped."""
     options = _parser().parse_args(arguments)
-    try:
-        options.experiment(options)
-    except (ValueError, OSError) as error:
-        print(f"snoopi.reproduce: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return errors.status("snoopi.reproduce", lambda: options.experiment(options))
 
 
 # --- recipes --------------------------------------------------------------------------------------
@@ -63,19 +59,33 @@ def _recipes(options: argparse.Namespace) -> None:
         recipes.load(name, overrides)  # a mistake is told before hours of training
     keys = [RunKey(name, seed) for name in names for seed in options.seeds]
     # One run measures the teacher, which is the same for all.
-    with ThreadPoolExecutor(options.jobs) as pool:
+    children: list[subprocess.Popen[bytes]] = []
+    pool = ThreadPoolExecutor(options.jobs)
+    try:
         jobs = [
-            pool.submit(_train, key, overrides, options.out, options.jobs, teacher=key == keys[0])
+            pool.submit(_train, key, overrides, options.out, options.jobs, key == keys[0], children)
             for key in keys
         ]
         summaries = {key: job.result() for key, job in zip(keys, jobs, strict=True)}
+    except BaseException:  # a stop, or a run that failed: the others save their states
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in children:
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown()
     results = _compare(summaries)
     print(f"\n{_recipe_text(results)}\n")
     _write(options.json or options.out / "recipes.json", results)
 
 
 def _train(
-    key: RunKey, overrides: Sequence[str], out: Path, jobs: int, teacher: bool
+    key: RunKey,
+    overrides: Sequence[str],
+    out: Path,
+    jobs: int,
+    teacher: bool,
+    children: list[subprocess.Popen[bytes]],
 ) -> dict[str, Any]:
     """The summary of a run, which snoopi.train makes in its own process unless it is there."""
     folder = out / key.folder
@@ -85,14 +95,14 @@ def _train(
     ]
     if not _finished(folder, recipes.load(key.recipe, words[1:])):
         threads = max(1, (os.cpu_count() or 1) // jobs)
-        done = subprocess.run(
+        child = subprocess.Popen(
             [sys.executable, "-m", "snoopi.train", *words, "--out", str(folder), "--resume"],
             env={"OMP_NUM_THREADS": str(threads), **os.environ},
             stdout=subprocess.DEVNULL,
-            check=False,
         )
-        if done.returncode:
-            raise ValueError(f"the run in {folder} ended with status {done.returncode}")
+        children.append(child)
+        if child.wait():
+            raise ValueError(f"the run in {folder} ended with status {child.returncode}")
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return summary
 
@@ -178,7 +188,7 @@ def _write(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = errors.Parser(
         prog="snoopi.reproduce", description="The comparisons behind the figures in the docs."
     )
     kinds = parser.add_subparsers(required=True, metavar="EXPERIMENT")
