@@ -73,7 +73,12 @@ def test_a_broken_teacher_stops_the_run_and_a_mended_one_goes_on(
     [
         # lr beyond fp32: the step's loss is a number, its update is not.
         (["debug", "optim.student.lr=1e39"], ("student.", "t = [", "kappa = [", "prompts = [")),
-        (["debug", "optim.lora.lr=1e39"], ("lora.", "t = [", "kappa = [", "prompts = [")),
+        (
+            ["debug", "optim.lora.lr=1e39", "lora.updates_per_step=1"],
+            ("lora.", "t = [", "kappa = [", "prompts = ["),
+        ),
+        # The second update of the step meets what the first one broke.
+        (["debug", "optim.lora.lr=1e39"], ("loss_lora", "t = [", "kappa = [", "prompts = [")),
         # Finite weights whose next loss overflows.
         (["debug", "optim.student.lr=1e30"], ("loss_", "t = [", "kappa = [", "prompts = [")),
         (["debug_teacher", "optim.student.lr=1e39"], ("backbone.", "t = [", "captions = [")),
