@@ -22,7 +22,7 @@ from snoopi import errors
 from snoopi.evaluate.negatives import METHODS, GuidanceTable, guidance_table
 from snoopi.evaluate.world import gap_closed
 from snoopi.pictures import write_atomically
-from snoopi.pipeline import load, shipped_or_path
+from snoopi.pipeline import load, shipped, shipped_or_path
 from snoopi.report import guidance_text, text_table
 
 RECIPES = ("pgsb_shapes", "pgsb_shapes_gap")
@@ -43,7 +43,13 @@ class RunKey(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, 2 for a user's mistake, 130 or 143 when stopped."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes a subcommand's words in one run only; overrides may follow options, too.
+    if rest and (not hasattr(options, "recipes") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.recipes += rest
     return errors.status("snoopi.reproduce", lambda: options.experiment(options))
 
 
@@ -55,22 +61,22 @@ def _recipes(options: argparse.Namespace) -> None:
     overrides = [word for word in options.recipes if "=" in word]
     if options.jobs < 1 or not options.seeds:
         raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
-    for name in names:
-        recipes.load(name, overrides)  # a mistake is told before hours of training
+    # A mistake is told before hours of training.
+    configs = {name: recipes.load(name, overrides) for name in names}
+    for name, config in configs.items():
+        if config.run.method != "vsd" or not config.evaluate.prompts:
+            raise ValueError(f"{name}: expected a recipe that distils and evaluates a student")
     keys = [RunKey(name, seed) for name in names for seed in options.seeds]
-    # One run measures the teacher, which is the same for all.
-    children: list[subprocess.Popen[bytes]] = []
-    pool = ThreadPoolExecutor(options.jobs)
+    runner, pool = _Runner(options.out, options.jobs), ThreadPoolExecutor(options.jobs)
     try:
-        jobs = [
-            pool.submit(_train, key, overrides, options.out, options.jobs, key == keys[0], children)
-            for key in keys
-        ]
+        for teacher in dict.fromkeys(config.model.teacher for config in configs.values()):
+            runner.teacher(teacher)
+        # One run measures the teacher, which is the same for all.
+        jobs = [pool.submit(runner.summary, key, overrides, key == keys[0]) for key in keys]
         summaries = {key: job.result() for key, job in zip(keys, jobs, strict=True)}
     except BaseException:  # a stop, or a run that failed: the others save their states
         pool.shutdown(wait=False, cancel_futures=True)
-        for child in children:
-            child.terminate()
+        runner.stop()
         raise
     finally:
         pool.shutdown()
@@ -79,32 +85,43 @@ def _recipes(options: argparse.Namespace) -> None:
     _write(options.json or options.out / "recipes.json", results)
 
 
-def _train(
-    key: RunKey,
-    overrides: Sequence[str],
-    out: Path,
-    jobs: int,
-    teacher: bool,
-    children: list[subprocess.Popen[bytes]],
-) -> dict[str, Any]:
-    """The summary of a run, which snoopi.train makes in its own process unless it is there."""
-    folder = out / key.folder
-    words = [
-        *(key.recipe, f"run.seed={key.seed}", *overrides, "evaluate.removal=0"),
-        *(f"evaluate.teacher={str(teacher).lower()}",),
-    ]
-    if not _finished(folder, recipes.load(key.recipe, words[1:])):
-        threads = max(1, (os.cpu_count() or 1) // jobs)
+class _Runner:
+    """Runs of snoopi.train, each in a process of its own, in folders of one comparison."""
+
+    def __init__(self, out: Path, jobs: int) -> None:
+        self.out, self.threads = out, max(1, (os.cpu_count() or 1) // jobs)
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    def teacher(self, name: str) -> None:
+        """Train a teacher that the runs would train first, each for itself, if it is missing."""
+        trained = name in recipes.recipes() and name not in shipped()
+        if trained and not (self.out / name / "model").is_dir():
+            self._run([name], self.out / name)
+
+    def summary(self, key: RunKey, overrides: Sequence[str], teacher: bool) -> dict[str, Any]:
+        """The summary of one run, which is trained unless it is there."""
+        folder = self.out / key.folder
+        more = ["evaluate.removal=0", f"evaluate.teacher={str(teacher).lower()}"]
+        words = [f"run.seed={key.seed}", *overrides, *more]
+        if not _finished(folder, recipes.load(key.recipe, words)):
+            self._run([key.recipe, *words], folder)
+        found: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return found
+
+    def stop(self) -> None:
+        """Ask the runs that are going on to save their states and end."""
+        for child in self._children:
+            child.terminate()
+
+    def _run(self, words: Sequence[str], folder: Path) -> None:
         child = subprocess.Popen(
             [sys.executable, "-m", "snoopi.train", *words, "--out", str(folder), "--resume"],
-            env={"OMP_NUM_THREADS": str(threads), **os.environ},
+            env={"OMP_NUM_THREADS": str(self.threads), **os.environ},
             stdout=subprocess.DEVNULL,
         )
-        children.append(child)
+        self._children.append(child)
         if child.wait():
             raise ValueError(f"the run in {folder} ended with status {child.returncode}")
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return summary
 
 
 def _finished(folder: Path, config: recipes.Config) -> bool:

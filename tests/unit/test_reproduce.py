@@ -64,6 +64,7 @@ def test_compare_gives_means_and_spread_over_seeds() -> None:
         (["recipes", "pgsb_shape"], "pgsb_shapes"),
         (["recipes", "debug", "run.step=3"], "run.steps"),
         (["recipes", "--jobs", "0"], "--jobs"),
+        (["recipes", "shapes_teacher"], "a recipe that distils"),
         (["guidance", "nowhere"], "nowhere"),
         (["guidance", "nowhere", "--count", "0"], "--count"),
     ],
