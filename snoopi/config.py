@@ -242,7 +242,7 @@ class Evaluate:
     batch: int = _key(100, "pictures made at once", low=1)
     removal: int = _key(200, "prompts with a negative; 0 leaves the removal test out", low=0)
     scales: tuple[float, ...] = _key(
-        (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0),
+        (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 4.0),
         "strengths to try of each way to use a negative prompt, in units of its own (NASA: alpha)",
         low=0,
     )

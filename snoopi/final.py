@@ -30,6 +30,7 @@ from snoopi.worlds.judge import Judge
 from snoopi.worlds.shapes import ShapesWorld
 
 GRID = 10  # pictures in a row of a grid
+STRIP = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)  # NASA strengths of the strip
 LOOKS = 3  # evaluations behind the means over the end of a run
 FOLLOWED = ("all_right", "frechet", "precision", "recall")  # the figures of a look
 
@@ -192,7 +193,7 @@ class StudentObserver(TeacherObserver):
             found = guidance_table(student, many.scales, count, many.batch)
             removal, table = found.methods["nasa"].report.tables(), found.rows()
             summary |= _guidance_summary(found)
-            figures.append(_strip(student, many.scales))
+            figures.append(_strip(student))
             seconds["negatives"] = time.monotonic() - started
         self.write(figures, {**summary, "seconds": seconds}, removal, table, last)
 
@@ -302,10 +303,10 @@ def _comparison(config: Config, ruler: Ruler, pictures: dict[str, Tensor]) -> Fi
     return Figure("Same prompts, same noise", image, caption, alt)
 
 
-def _strip(student: Pipeline, scales: tuple[float, ...]) -> Figure:
+def _strip(student: Pipeline) -> Figure:
     """One seed under growing NASA strength, plain and null-centred."""
     prompt, negative = "a large solid shape on a white background", "red"
-    values, rows = (0.0, *scales), []
+    values, rows = STRIP, []
     chosen = _showing(student, prompt, "colour", negative)
     for mode in ("nasa", "nasa-centred"):
         for index in chosen:
