@@ -118,6 +118,41 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def held() -> Iterator[Callable[[], None]]:
+    """Hold SIGTERM and SIGINT back; the function it gives lets those through that came.
+
+    For native code that calls back into Python: an exception of a handler in there is lost, or
+    ends the process (std::terminate). On exit, what came is let through.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+
+    came: list[int] = []
+
+    def through() -> None:
+        while came:
+            number = came.pop(0)
+            handler = former[signal.Signals(number)]
+            if callable(handler):
+                handler(number, None)
+            elif handler == signal.SIG_DFL:
+                signal.signal(number, handler)
+                signal.raise_signal(number)
+
+    former = {
+        n: signal.signal(n, lambda number, _: came.append(number))
+        for n in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield through
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    through()
+
+
 def status(command: str, work: Callable[[], None]) -> int:
     """Do a command's work; its exit status: 0, 2 for a user's mistake, 130 or 143 when stopped.
 

@@ -33,13 +33,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
+
+from snoopi import errors
 
 FORMAT, VERSION = "snoopi run state", 1
 _MANIFEST, _METADATA = "manifest.json", ".metadata"
@@ -209,10 +211,25 @@ def _clear(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
+class _SavePlanner(DefaultSavePlanner):
+    """Lets signals through between two tensors: in the middle of one, torch's writer (C++ that
+    calls back into Python) makes an "unexpected pos" of a Ctrl-C, or ends the process."""
+
+    def __init__(self, let_signals_through: Callable[[], None]) -> None:
+        super().__init__()
+        self._let_signals_through = let_signals_through
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        self._let_signals_through()
+        return super().resolve_data(write_item)
+
+
 def _write(state: Mapping[str, Any], partial: Path) -> None:
     writer = FileSystemWriter(partial, sync_files=True)
-    with _quiet():
-        dcp_save(dict(state), storage_writer=writer, no_dist=not dist.is_initialized())
+    with _quiet(), errors.held() as let_signals_through:
+        planner = _SavePlanner(let_signals_through)
+        no_dist = not dist.is_initialized()
+        dcp_save(dict(state), storage_writer=writer, planner=planner, no_dist=no_dist)
 
 
 def _hashes(partial: Path) -> dict[str, tuple[int, str]]:
@@ -505,10 +522,9 @@ def _agreed(work: Callable[[], T], *, main_only: bool = False) -> T | None:
 
 def _reraise_interrupt(error: BaseException) -> None:
     """DCP wraps a Ctrl-C like an error; it is none."""
-    if isinstance(error, CheckpointException):
-        for wrapped, _ in error.failures.values():
-            if isinstance(wrapped, KeyboardInterrupt):
-                raise wrapped from None
+    for behind in _chain(error):
+        if isinstance(behind, KeyboardInterrupt):
+            raise behind from None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from snoopi import parallel, runstate
+from snoopi import errors, parallel, runstate
 from snoopi.runstate import OptimizerState, RunStateError
 
 
@@ -142,6 +145,27 @@ def test_a_ctrl_c_in_a_save_is_a_ctrl_c(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(KeyboardInterrupt):
         runstate.save(tmp_path, 2, run.state())
     assert [item.name for item in (tmp_path / "state").iterdir()] == ["step-00000001"]
+
+
+def test_a_ctrl_c_at_any_moment_of_a_save(tmp_path: Path) -> None:
+    """In the middle of a tensor, torch's writer would make an error of one in seven, or abort."""
+    state = {f"{n}": torch.zeros(64, 64) for n in range(60)}
+    started = time.monotonic()
+    runstate.save(tmp_path, 1, {"tensors": state})
+    life = time.monotonic() - started
+    stopped = 0
+    for moment in range(1, 41):
+        with contextlib.suppress(errors.Interrupted), errors.interruptible():
+            signal.setitimer(signal.ITIMER_REAL, life * moment / 40)
+            signal.signal(signal.SIGALRM, signal.getsignal(signal.SIGINT))
+            try:
+                runstate.save(tmp_path, 2, {"tensors": state})
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                stopped += 2 not in runstate.steps(tmp_path)
+        assert runstate.steps(tmp_path)[0] == 1
+        shutil.rmtree(tmp_path / "state" / "step-00000002", ignore_errors=True)
+    assert stopped > 10
 
 
 def test_what_is_not_finite_is_named() -> None:
