@@ -31,6 +31,7 @@ Generate = Callable[[list[str], list[str] | None, list[int]], Tensor]
 mean the same noise in every call."""
 
 KINDS = ("easy", "targeted")
+REFINE = 2  # halvings of a search's last interval
 REAL_PER_PROMPT = 4  # real pictures behind a Frechet reference, for each prompt
 
 
@@ -245,23 +246,41 @@ class RemovalTest:
         generate_at_scale: Callable[[float], Generate],
         scales: Sequence[float],
         keep_bound: float = 0.96,
+        refine: int = REFINE,
     ) -> Choice:
         """The strength that removes most (targeted) with keep >= keep_bound * keep_before.
 
+        Between the best of the strengths and the next larger one, which breaks the bound, `refine`
+        halvings come closer to the bound: a grid leaves each method another share of it unused.
         Use it on tuning prompts, and report the result on others. If no strength meets the bound,
         the one that keeps most is returned with met = False. Raises ValueError without strengths.
         """
         if not scales:
             raise ValueError("scales must name at least one guidance strength")
-        results = {}
-        for scale in scales:
-            generate = generate_at_scale(scale)
-            reads = [self._guided(generate, case, "targeted") for case in self._cases]
-            results[scale] = self._rates(reads, "targeted")["total"]
-        good = [s for s, r in results.items() if (r.keep_ratio or 0.0) >= keep_bound]
-        if good:
-            return Choice(max(good, key=lambda s: results[s].free), True, results)
-        return Choice(max(results, key=lambda s: results[s].keep or 0.0), False, results)
+        results: dict[float, Removal] = {}
+
+        def within(scale: float) -> bool:
+            if scale not in results:
+                generate = generate_at_scale(scale)
+                reads = [self._guided(generate, case, "targeted") for case in self._cases]
+                results[scale] = self._rates(reads, "targeted")["total"]
+            return (results[scale].keep_ratio or 0.0) >= keep_bound
+
+        def best(good: Sequence[float]) -> float:
+            return max(good, key=lambda s: results[s].free)
+
+        good = [scale for scale in scales if within(scale)]
+        if not good:
+            return Choice(max(results, key=lambda s: results[s].keep or 0.0), False, results)
+        low = best(good)
+        larger = [scale for scale in scales if scale > low and scale not in good]
+        for _ in range(refine if larger else 0):
+            middle = (low + min(larger)) / 2
+            if within(middle):
+                good.append(low := middle)
+            else:
+                larger.append(middle)
+        return Choice(best(good), True, results)
 
     def _case(self, unguided: Generate, attribute: str, count: int, split: str) -> _Case:
         prompts = self.world.removal_cases(self.noise, attribute, count, split)

@@ -282,10 +282,15 @@ def test_removal_refuses_bad_calls() -> None:
 
 
 def choose(scales: list[float], spoil: float) -> tuple[Choice, int]:
-    models = {s: FakeModel(remove=s / 2, spoil=spoil * s) for s in scales}
+    models: dict[float, FakeModel] = {}
+
+    def at(scale: float) -> FakeModel:
+        assert scale not in models, "a strength was measured twice"
+        return models.setdefault(scale, FakeModel(remove=scale / 2, spoil=spoil * scale))
+
     plain = FakeModel(remove=0)
     test = make(plain, seed=0, count=100, split="train")
-    choice = test.choose_scale(lambda s: models[s], scales)
+    choice = test.choose_scale(at, scales)
     assert not any(m.plain_calls for m in models.values())
     return choice, plain.plain_calls
 
@@ -293,9 +298,12 @@ def choose(scales: list[float], spoil: float) -> tuple[Choice, int]:
 def test_choose_scale_stops_at_the_bound() -> None:
     scales = [0.5, 1.0, 1.5, 2.0]
     choice, plain_calls = choose(scales, spoil=0.035)  # keep 0.965 at 1, 0.93 at 2
-    assert choice.met and choice.scale in (0.5, 1.0, 1.5)
+    assert choice.met and 0.5 <= choice.scale < 2.0
     within = {s for s, r in choice.results.items() if (r.keep_ratio or 0) >= 0.96}
-    assert choice.scale == max(within) and within < set(scales)
+    assert choice.scale == max(within) and within < set(choice.results)
+    # Two halvings of the grid's last interval: the next strength that was tried is an eighth away.
+    assert min(s for s in choice.results if s > choice.scale) == choice.scale + 0.125
+    assert len(choice.results) == len(scales) + 2
     assert plain_calls == 5 * 2  # once for all strengths: 5 attributes, 100 prompts by 64
     assert choose(scales, spoil=0.0)[0].scale == 2.0
     assert json.dumps(choice.to_dict(), allow_nan=False)
