@@ -23,15 +23,26 @@ from snoopi.models.unet import UNet, UNetConfig
 from snoopi.models.vae import VAE, PatchVAE, PatchVAEConfig, VAEConfig
 from snoopi.schedule import Schedule
 
+# Of a field that snoopi.json files written before it lack: they mean its default.
+_ADDED = {"added": True}
+
 
 @dataclass(frozen=True)
 class TextSpec:
-    """One text encoder, which of its outputs the backbone reads, and the padding id."""
+    """One text encoder, which of its outputs the backbone reads, and the padding id.
+
+    lower: prompts are lowercased and stripped first, as PixArt's were in training.
+    """
 
     config: CLIPTextConfig | T5Config
     output: Literal["last", "penultimate"] = "last"
     pooled: bool = False
     pad_id: int = 49407
+    lower: bool = field(default=False, metadata=_ADDED)
+
+    def prepare(self, prompt: str) -> str:
+        """The prompt as the tokenizer gets it."""
+        return prompt.lower().strip() if self.lower else prompt
 
 
 @dataclass(frozen=True)
@@ -134,7 +145,7 @@ _PIXART = ModelSpec(
     "pixart-256",
     DiTConfig(sample_size=32),
     VAEConfig(),
-    (TextSpec(T5Config(), pad_id=0),),
+    (TextSpec(T5Config(), pad_id=0, lower=True),),
     schedule=_LINEAR,
     latent_size=32,
     steps=20,
@@ -337,11 +348,13 @@ def _from_fields(kind: Any, data: Any, where: str) -> Any:
         raise ValueError(f"{where} must be an object of kind {kind.__name__}, got {data!r:.80}")
     hints = get_type_hints(kind)
     names = [f.name for f in dataclasses.fields(kind)]
+    added = [f.name for f in dataclasses.fields(kind) if f.metadata.get("added")]
     for key in data:
         if key != "kind" and key not in names:
             near = get_close_matches(key, names, n=1, cutoff=0.0)[0]
             raise ValueError(f"{where} has an unknown key {key!r}; the nearest is {near!r}")
-    missing = [name for name in names if name not in data]
+    missing = [name for name in names if name not in data and name not in added]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
-    return kind(**{n: _from_plain(hints[n], data[n], f"{where}.{n}") for n in names})
+    found = [name for name in names if name in data]
+    return kind(**{n: _from_plain(hints[n], data[n], f"{where}.{n}") for n in found})
