@@ -38,10 +38,10 @@ class Tokenizer:
             raise ValueError(f"{FILE} must hold its padding and truncation (a fixed length)")
         self.tokenizer = tokenizer
         self.max_length: int = tokenizer.truncation["max_length"]
-        padding = tokenizer.padding
-        if padding["length"] != self.max_length or not 1 <= self.max_length <= _LONGEST:
+        padding, least = tokenizer.padding, _least(tokenizer)
+        if padding["length"] != self.max_length or not least <= self.max_length <= _LONGEST:
             raise ValueError(
-                f"{FILE} must pad and cut to one length from 1 to {_LONGEST}, got "
+                f"{FILE} must pad and cut to one length from {least} to {_LONGEST}, got "
                 f"{padding['length']} and {self.max_length}"
             )
         if tokenizer.id_to_token(padding["pad_id"]) is None:
@@ -157,11 +157,17 @@ def clean(text: str) -> str:
 
 
 def _fixed(hf: HFTokenizer, length: int, pad_id: int) -> HFTokenizer:
-    if not 1 <= length <= _LONGEST:
-        raise ValueError(f"a tokenizer's length must be from 1 to {_LONGEST}, got {length}")
+    least = _least(hf)
+    if not least <= length <= _LONGEST:
+        raise ValueError(f"a tokenizer's length must be from {least} to {_LONGEST}, got {length}")
     hf.enable_truncation(length)
     hf.enable_padding(length=length, pad_id=pad_id, pad_token=hf.id_to_token(pad_id))
     return hf
+
+
+def _least(hf: HFTokenizer) -> int:
+    """The shortest length: bos and eos are never cut."""
+    return max(1, hf.num_special_tokens_to_add(False))
 
 
 def _cut_line(text: str, row: Any, length: int) -> str:
@@ -174,7 +180,8 @@ def _cut_line(text: str, row: Any, length: int) -> str:
     )
     words = " ".join(text[last:].split())
     words = words if len(words) <= 60 else words[:57] + "..."
-    return f"the prompt is longer than {length} tokens: the last {lost} are cut: {words!r}"
+    count = f"{lost} token" + "s" * (lost != 1)
+    return f"the prompt is longer than {length} tokens: its end is not read ({count}: {words!r})"
 
 
 def _parse(path: Path) -> HFTokenizer:
@@ -241,6 +248,8 @@ def _clip_files(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     vocabulary = _json(folder / "vocab.json")
     if not all(type(i) is int for i in vocabulary.values()):
         raise ValueError(f"{folder / 'vocab.json'} must map tokens to ids")
+    if set(vocabulary.values()) != set(range(len(vocabulary))):
+        raise ValueError(f"{folder / 'vocab.json'} must number its {len(vocabulary)} tokens from 0")
     try:
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         merges = [_pair(line) for line in lines if line and not line.startswith("#version")]
@@ -298,7 +307,10 @@ def _t5(path: Path) -> HFTokenizer:
         Unigram([*pieces, *((name, 0.0) for name in extra)], unk_id=2, byte_fallback=False)
     )
     if charsmap:
-        hf.normalizer = normalizers.Precompiled(charsmap)
+        try:
+            hf.normalizer = normalizers.Precompiled(charsmap)
+        except Exception as error:  # the tokenizers package raises bare Exception
+            raise ValueError(f"{path}: its normalisation table is broken: {error}") from error
     hf.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.WhitespaceSplit(),
@@ -318,7 +330,7 @@ def _sentencepiece(path: Path) -> tuple[list[tuple[str, float]], bytes]:
 
     A protobuf message: field 1 repeated {1: text, 2: score}, field 3 {2: charsmap}.
     """
-    pieces, charsmap = [], b""
+    pieces, charsmap, last = [], b"", 0
     try:
         for number, value in _fields(path.read_bytes()):
             if number == 1 and isinstance(value, bytes):
@@ -327,10 +339,13 @@ def _sentencepiece(path: Path) -> tuple[list[tuple[str, float]], bytes]:
                 pieces.append((piece[1].decode(), score))
             elif number == 3 and isinstance(value, bytes):
                 charsmap = dict(_fields(value)).get(2, b"")
+            last = max(last, number)
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ValueError(f"{path} is not a whole sentencepiece model: {error!r}") from error
     if not pieces:
         raise ValueError(f"{path} is not a sentencepiece model: it holds no piece")
+    if last < 3:  # cut between two fields
+        raise ValueError(f"{path} is not a whole sentencepiece model: it holds no normaliser")
     return pieces, charsmap
 
 
