@@ -266,43 +266,71 @@ def _bare(weights: Weights, asked: ModelSpec | None) -> Part:
     scaling = 0.18215 if asked is None else getattr(asked.vae, "scaling", 0.18215)
     asked_text = [] if asked is None else [text.config for text in asked.text]
     if "input_blocks.0.0.weight" in keys:
-        sizes = _or_asked(configs.unet_from_ldm(shapes), backbone)
+        sizes = _sizes(UNetConfig, lambda: configs.unet_from_ldm(shapes), backbone)
         return part("backbone", sizes, tables.unet_ldm(sizes, ""))
     if "down_blocks.0.resnets.0.conv1.weight" in keys and "time_embedding.linear_1.weight" in keys:
-        sizes = _or_asked(configs.unet_from_diffusers(shapes), backbone)
+        sizes = _sizes(UNetConfig, lambda: configs.unet_from_diffusers(shapes), backbone)
         return part("backbone", sizes, tables.unet_diffusers())
     if any(re.fullmatch(r"(|base_model\.|model\.)x_embedder\.proj\.weight", key) for key in keys):
         return _pixart(weights, backbone)
     if "pos_embed.proj.weight" in keys:
         side = _sample_size(path, keys, "pos_embed.pos_embed", 2, backbone)
-        sizes = configs.dit_from_shapes(shapes, lambda name: name, side)
-        return part("backbone", _or_asked(sizes, backbone), tables.dit_diffusers())
+        sizes = _sizes(
+            DiTConfig, lambda: configs.dit_from_shapes(shapes, lambda name: name, side), backbone
+        )
+        return part("backbone", sizes, tables.dit_diffusers())
     if "encoder.down.0.block.0.conv1.weight" in keys:
-        sizes = _or_asked(configs.vae_from_ldm(shapes, scaling), asked and asked.vae)
+        sizes = _sizes(
+            VAEConfig, lambda: configs.vae_from_ldm(shapes, scaling), asked and asked.vae
+        )
         return part("vae", sizes, tables.vae_ldm(sizes, ""))
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in keys:
-        sizes = _or_asked(configs.vae_from_diffusers(shapes, scaling), asked and asked.vae)
+        sizes = _sizes(
+            VAEConfig, lambda: configs.vae_from_diffusers(shapes, scaling), asked and asked.vae
+        )
         return part("vae", sizes, tables.vae_diffusers())
     if "encoder.block.0.layer.0.SelfAttention.q.weight" in keys:
-        sizes = _or_asked(configs.t5_from_hf(shapes), *asked_text)
+        sizes = _sizes(T5Config, lambda: configs.t5_from_hf(shapes), *asked_text)
         return part("text_encoder", sizes, tables.t5_hf())
     embedding = "embeddings.token_embedding.weight"
     if embedding in keys or f"text_model.{embedding}" in keys:
-        sizes = _or_asked(configs.clip_text_from_hf(shapes), *asked_text)
+        sizes = configs.clip_text_from_hf(shapes)
+        sizes = _sizes(CLIPTextConfig, lambda: sizes, *_like(sizes, asked_text))
         return part("text_encoder", sizes, tables.clip_hf())
     if "lora" in " ".join(list(keys)[:3]).lower():
         raise ValueError(f"{path} is a LoRA: use `python -m weights_convert lora` or `merge`")
     raise ValueError(f"{path} is not recognised: its first names are {', '.join(list(keys)[:3])}")
 
 
-def _or_asked(sizes: Any, *asked: Any) -> Any:
-    """What --arch says in place of what shapes say, if it is the same kind of network.
+def _sizes(kind: type, infer: Callable[[], Any], *asked: Any) -> Any:
+    """What --arch says of this kind of network, else what the shapes say.
 
-    Its shapes are compared later, by the plan; heads and norm groups are not visible in shapes.
+    The plan compares all shapes later; heads and norm groups are not visible in them.
     """
-    same = [config for config in asked if type(config) is type(sizes)]
-    near = [c for c in same if getattr(c, "width", 0) == getattr(sizes, "width", 0)]
-    return (near or same or [sizes])[0]
+    same = [config for config in asked if isinstance(config, kind)]
+    try:
+        sizes = infer()
+        # An --arch of other sizes is told so, where these are a known network's.
+        known = [spec for spec in PRESETS.values() if sizes in spec.parts().values()]
+        return sizes if known or not same else same[0]
+    except ValueError as error:
+        if same:
+            return same[0]
+        raise ValueError(
+            f"the sizes that its shapes show make no known network ({error}): "
+            f"add --arch with the snoopi.json of such a model"
+        ) from error
+
+
+def _like(sizes: CLIPTextConfig, asked: Sequence[Any]) -> list[Any]:
+    """Of several text encoders that --arch names, the one with this one's widths."""
+    shown = ("vocabulary", "length", "width", "mlp_width", "layers", "projection")
+    return [
+        config
+        for config in asked
+        if isinstance(config, CLIPTextConfig)
+        and all(getattr(config, name) == getattr(sizes, name) for name in shown)
+    ]
 
 
 def _pixart(weights: Weights, backbone: Any) -> Part:
@@ -320,7 +348,7 @@ def _pixart(weights: Weights, backbone: Any) -> Part:
         return prefix + names[start] + name[len(start) :]
 
     shapes = {name: entry.shape for name, entry in entries.items()}
-    sizes = _or_asked(configs.dit_from_shapes(shapes, theirs, side), backbone)
+    sizes = _sizes(DiTConfig, lambda: configs.dit_from_shapes(shapes, theirs, side), backbone)
     return Part("backbone", sizes, entries, tables.dit_pixart(sizes, prefix), weights.files)
 
 
@@ -360,7 +388,9 @@ def _single(weights: Weights, asked: ModelSpec | None, prefer: str) -> Found:
     if tables.LDM_VAE in groups:
         scaling = 0.13025 if any(k.startswith("conditioner.") for k in entries) else 0.18215
         shapes = _bare_shapes(groups[tables.LDM_VAE], tables.LDM_VAE)
-        sizes = _or_asked(configs.vae_from_ldm(shapes, scaling), asked and asked.vae)
+        sizes = _sizes(
+            VAEConfig, lambda: configs.vae_from_ldm(shapes, scaling), asked and asked.vae
+        )
         layout = tables.vae_ldm(sizes)
         parts.append(Part("vae", sizes, groups[tables.LDM_VAE], layout, weights.files))
     for prefix, index, openclip in _SINGLE_TEXT:
@@ -390,7 +420,8 @@ def _single_unet(
     prefer: str,
 ) -> Part:
     shapes = _bare_shapes(raw, tables.LDM_UNET)
-    sizes = _or_asked(configs.unet_from_ldm(shapes), asked and asked.backbone)
+    backbone = asked and asked.backbone
+    sizes = _sizes(UNetConfig, lambda: configs.unet_from_ldm(shapes), backbone)
     layout = tables.unet_ldm(sizes)
     if prefer == "raw" or len(averaged) < min(_EMA_MOST, len(raw)):
         return Part("backbone", sizes, raw, layout, weights.files)
