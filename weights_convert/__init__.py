@@ -1,0 +1,1 @@
+"""Checkpoints people have to snoopi's model folders, and back. snoopi never imports this."""

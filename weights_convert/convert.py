@@ -1,0 +1,229 @@
+"""A checkpoint into a snoopi model folder, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import snoopi
+from snoopi.errors import writing
+from snoopi.pipeline import FORMAT, SPEC_FILE
+from snoopi.tokenize import Tokenizer
+from snoopi.zoo import ModelSpec, TextSpec, build
+from weights_convert.detect import Found, Part, detect
+from weights_convert.files import Entry, open_weights, sha256, write_safetensors
+from weights_convert.rules import Plan, Shape, plan, trouble_line
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# SHA-256 of published files, as far as it is known: its beginning and end.
+PUBLISHED = (
+    ("19da7aaa4b88", "ffae9f1", "SD1.5 unet"),
+    ("a2b5134f4dbc", "d2194c", "SD1.5 vae"),
+    ("d008943c017f", "d88334", "SD1.5 text_encoder"),
+    ("6dfae3e5f7d4", "974214", "SD2.1-base unet"),
+    ("cce6febb0b6d", "fc916c", "SD2.1-base text_encoder"),
+    ("a1d993488569", "df5815", "SD2.1-base vae"),
+    ("df955bdf6b68", "0956d2", "v2-1_512-ema-pruned"),
+    ("1238522277c4", "638b0c", "SD2.1-v unet"),
+    ("83e012a805b8", "61e139", "SDXL unet fp16"),
+    ("1598f3d24932", "9f2341", "SDXL vae"),
+    ("3a6032f63d37", "a8d3ff", "SDXL text_encoder_2"),
+    ("31e35c80fc48", "7e5b", "SDXL single file"),
+    ("48fa46161a74", "fd1bdb", "SDXL-Turbo unet fp16"),
+)
+
+
+@dataclass(frozen=True)
+class Written:
+    """One network that was written."""
+
+    part: str
+    tensors: int
+    parameters: int
+    dtype: str
+    megabytes: float
+    dropped: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion wrote. verified: published files among the sources, by their SHA-256."""
+
+    folder: Path
+    arch: str
+    parts: Sequence[Written]
+    tokenizers: Sequence[str]
+    verified: Sequence[str]
+    notes: Sequence[str]
+
+
+def convert(
+    source: Path | str,
+    target: Path | str,
+    arch: str | None = None,
+    dtype: str | None = None,
+    prefer: str = "ema",
+    check: bool = False,
+    overwrite: bool = False,
+) -> Report:
+    """Write the model folder `target` from a checkpoint; a part of a model gives a partial folder.
+
+    arch: a preset's name or a snoopi.json, for what weights cannot say. dtype: "fp32", "bf16" or
+    "fp16" for all floating-point weights; None keeps each one's. prefer: "ema" or "raw", where a
+    file holds both. check: read everything back and compare it with the source. overwrite: replace
+    a model folder that is there. At most one tensor is in memory at a time.
+
+    Raises ValueError naming what is wrong with the source, OSError for the disk; `target` then is
+    what it was.
+    """
+    source, target = Path(source), Path(target)
+    _check_target(target, overwrite)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if prefer not in ("ema", "raw"):
+        raise ValueError(f"prefer must be ema or raw, got {prefer!r}")
+    if not source.exists():
+        raise ValueError(f"{source} does not exist")
+    found = detect(source, arch, prefer)
+    plans = plan_all(found, source)
+    tokenizers = _tokenizers(found)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        parts = [
+            _write_part(part, plans[part.name], temporary, DTYPES.get(dtype or ""))
+            for part in found.parts
+        ]
+        for i, tokenizer in enumerate(tokenizers):
+            if tokenizer is not None:
+                place = temporary / ("tokenizer" if i == 0 else f"tokenizer_{i + 1}")
+                place.mkdir()
+                tokenizer.save(place)
+        hashes = _hashes(found, source)
+        _write_spec(temporary, found.spec, source, hashes, prefer, dtype)
+        if check:
+            _check(found, plans, temporary, DTYPES.get(dtype or ""))
+        temporary.chmod(0o755)
+        with writing(target):
+            if target.exists():
+                shutil.rmtree(target)
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    verified = [entry["published"] for entry in hashes.values() if "published" in entry]
+    names = [f"tokenizer_{i + 1}" for i, t in enumerate(tokenizers) if t is not None]
+    return Report(target, found.spec.arch, parts, names, verified, found.notes)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if overwrite and (target / SPEC_FILE).is_file():
+        return
+    hint = "add --overwrite" if (target / SPEC_FILE).is_file() else "it is not a model folder"
+    raise ValueError(f"{target} exists already: {hint}, or choose another DST")
+
+
+def targets(spec: ModelSpec, part: str) -> dict[str, Shape]:
+    """Names and shapes of a network's parameters."""
+    return {name: tuple(tensor.shape) for name, tensor in build(spec, part).state_dict().items()}
+
+
+def plan_all(found: Found, source: Path) -> dict[str, Plan]:
+    """The plan of every part; ValueError lists the trouble of all of them."""
+    plans, trouble = {}, [f"has an unexpected {name}" for name in found.leftover]
+    for part in found.parts:
+        wanted = targets(found.spec, part.name)
+        plans[part.name], more = plan(wanted, part.layout, part.weights, part.rename)
+        trouble += [f"{part.name}: {line}" for line in more]
+    if trouble:
+        raise ValueError(trouble_line(f"{source} does not fit {found.spec.arch}", trouble))
+    return plans
+
+
+def _write_part(part: Part, how: Plan, folder: Path, dtype: torch.dtype | None) -> Written:
+    entries = how.forward(part.weights, dtype)
+    path = folder / f"{part.name}.safetensors"
+    write_safetensors(path, entries, {"format": "pt"})
+    kinds = sorted({str(entry.dtype).removeprefix("torch.") for entry in entries.values()})
+    count = sum(torch.Size(entry.shape).numel() for entry in entries.values())
+    size = path.stat().st_size / 1e6
+    return Written(part.name, len(entries), count, "+".join(kinds), size, how.dropped)
+
+
+def _tokenizers(found: Found) -> list[Tokenizer | None]:
+    """A tokenizer for each text encoder: the checkpoint's own, else CLIP's committed vocabulary."""
+    parts = {part.name for part in found.parts}
+    made: list[Tokenizer | None] = []
+    for i, (text, folder) in enumerate(zip(found.spec.text, found.tokenizers, strict=True)):
+        name = "text_encoder" if i == 0 else f"text_encoder_{i + 1}"
+        made.append(_tokenizer(text, folder) if name in parts or folder is not None else None)
+    return made
+
+
+def _tokenizer(text: TextSpec, folder: Path | None) -> Tokenizer | None:
+    if folder is not None:
+        return Tokenizer.from_folder(folder, text.config.length, None)
+    if text.config.vocabulary == 49408:
+        return Tokenizer.clip(text.pad_id, text.config.length)
+    return None
+
+
+def _hashes(found: Found, source: Path) -> dict[str, dict[str, Any]]:
+    """SHA-256 and size of every source file, and which published file it is."""
+    files = sorted({path for part in found.parts for path in part.files})
+    root = source if source.is_dir() else source.parent
+    hashes = {}
+    for path in files:
+        digest = sha256(path)
+        entry: dict[str, Any] = {"sha256": digest, "bytes": path.stat().st_size}
+        for start, end, name in PUBLISHED:
+            if digest.startswith(start) and digest.endswith(end):
+                entry["published"] = name
+        hashes[str(path.relative_to(root))] = entry
+    return hashes
+
+
+def _write_spec(
+    folder: Path,
+    spec: ModelSpec,
+    source: Path,
+    hashes: dict[str, dict[str, Any]],
+    prefer: str,
+    dtype: str | None,
+) -> None:
+    provenance = {
+        "converted_from": source.name,
+        "files": hashes,
+        "prefer": prefer,
+        "dtype": dtype or "as stored",
+        "snoopi": snoopi.__version__,
+    }
+    data = {"format": FORMAT, "model": spec.to_json(), "provenance": provenance}
+    path = folder / SPEC_FILE
+    with writing(path):
+        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _check(found: Found, plans: dict[str, Plan], folder: Path, dtype: torch.dtype | None) -> None:
+    """Read the folder back: the same names and shapes, and every value equal to the source's."""
+    for part in found.parts:
+        written = open_weights(folder / f"{part.name}.safetensors").entries
+        if {n: e.shape for n, e in written.items()} != targets(found.spec, part.name):
+            raise ValueError(f"{part.name}: what was written has other names or shapes")
+        for name, entry in plans[part.name].forward(part.weights, dtype).items():
+            _check_tensor(f"{part.name}: {name}", entry, written[name])
+
+
+def _check_tensor(name: str, wanted: Entry, got: Entry) -> None:
+    if not torch.equal(wanted.read().nan_to_num(), got.read().nan_to_num()):
+        raise ValueError(f"{name} differs from the source after writing")
