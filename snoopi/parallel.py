@@ -262,9 +262,7 @@ def shard(
     # a frozen one only, since nothing averages its gradient.
     scalars = {p for p in module.parameters() if p.ndim == 0}
     if any(p.requires_grad for p in scalars):
-        raise ValueError(
-            f"a scalar of {type(module).__name__} cannot be trained sharded: freeze it"
-        )
+        raise ValueError(f"a scalar of {type(module).__name__} cannot be sharded: freeze it")
     mesh = init_device_mesh(device.type, (world_size(),))
     inner = _precision(dtype)
     for block in blocks:
