@@ -30,7 +30,7 @@ from snoopi.noise import Noise
 from snoopi.pictures import to_uint8
 from snoopi.samplers import ddim, one_step
 from snoopi.tokenize import Tokenizer
-from snoopi.zoo import ModelSpec, TextSpec, build, text_part
+from snoopi.zoo import ModelSpec, TextSpec, ToolSpec, build, text_part
 
 SPEC_FILE = "snoopi.json"
 SHIPPED = Path(__file__).parent / "shipped"  # model folders that come with the package
@@ -306,31 +306,12 @@ class Pipeline:
         dtype: storage of floating-point weights; None: as they are.
         Raises OSError naming `folder`, for example on a full disk.
         """
-        folder = Path(folder)
-        with writing(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-            try:
-                self._write(temporary, dtype)
-                temporary.chmod(0o755)
-                _replace(temporary, folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-        return folder
-
-    def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
-        for part, net in self._networks().items():
-            if net is not None:
-                state = {k: _stored(v, dtype) for k, v in net.state_dict().items()}
-                path = folder / f"{part}.safetensors"
-                save_file(state, path)
-                path.chmod(0o644)  # safetensors makes it readable by its owner alone
-        for i, tokenizer in enumerate(self.tokenizers):
-            if tokenizer is not None:
-                (folder / _tokenizer_folder(i)).mkdir()
-                tokenizer.save(folder / _tokenizer_folder(i))
-        data = {"format": FORMAT, "model": self.spec.to_json(), "provenance": self.provenance}
-        (folder / SPEC_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        return _save(
+            Path(folder),
+            lambda to: _write(
+                to, self.spec, self._networks(), self.tokenizers, self.provenance, dtype
+            ),
+        )
 
     def _networks(self) -> dict[str, nn.Module | None]:
         texts = {text_part(i): net for i, net in enumerate(self.text_encoders)}
@@ -379,6 +360,48 @@ def load(
     return pipeline.to(device)
 
 
+def load_tools(
+    path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None
+) -> dict[str, nn.Module]:
+    """The networks of a folder of tools (a ToolSpec) by part, in eval mode and frozen.
+
+    A part whose file is absent is left out: an image encoder may come without its text encoder.
+    dtype: as in `load`. Raises ValueError for a folder of another kind, without any network, or
+    whose files do not fit its snoopi.json.
+    """
+    folder = Path(path)
+    spec, _ = read_tools(folder)
+    widen = dtype is None and torch.device(device).type == "cpu"
+    parts = {part: _load_part(folder, spec, part, dtype, widen) for part in spec.parts()}
+    found = {p: net.to(device).requires_grad_(False) for p, net in parts.items() if net is not None}
+    if not found:
+        files = ", ".join(f"{part}.safetensors" for part in parts)
+        raise ValueError(f"{folder} holds no network: expected {files}")
+    return found
+
+
+def save_tools(
+    folder: Path | str,
+    spec: ToolSpec,
+    networks: Mapping[str, nn.Module],
+    tokenizer: Tokenizer | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a folder of tools atomically, as Pipeline.save does a model's.
+
+    networks: of the spec's parts, or of some of them. Raises ValueError for any other part.
+    """
+    unknown = [part for part in networks if part not in spec.parts()]
+    if unknown or not networks:
+        have = ", ".join(spec.parts())
+        raise ValueError(f"{spec.arch} has the parts {have}, got {', '.join(unknown) or 'none'}")
+    tokenizers = [] if tokenizer is None else [tokenizer]
+    return _save(
+        Path(folder), lambda to: _write(to, spec, networks, tokenizers, provenance or {}, dtype)
+    )
+
+
 def shipped() -> list[str]:
     """Names of the model folders that come with the package."""
     folders = SHIPPED.iterdir() if SHIPPED.is_dir() else ()
@@ -392,11 +415,21 @@ def shipped_or_path(name: str) -> Path:
 
 def read_spec(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
     """The ModelSpec and the provenance in a model folder's snoopi.json."""
+    return _read(folder, ModelSpec, "a model that makes pictures", "load_tools")
+
+
+def read_tools(folder: Path) -> tuple[ToolSpec, dict[str, Any]]:
+    """The ToolSpec and the provenance in the snoopi.json of a folder of tools."""
+    return _read(folder, ToolSpec, "tools (networks that measure)", "load")
+
+
+def _read(folder: Path, kind: Any, what: str, other: str) -> tuple[Any, dict[str, Any]]:
+    """The spec of one kind and the provenance; `other` is the function that reads the other."""
     path = folder / SPEC_FILE
     if not path.is_file():
-        what = f"holds no {SPEC_FILE}" if folder.is_dir() else "does not exist"
-        what = "is a file" if folder.is_file() else what
-        raise ValueError(f"{folder} is not a model folder: it {what}")
+        found = f"holds no {SPEC_FILE}" if folder.is_dir() else "does not exist"
+        found = "is a file" if folder.is_file() else found
+        raise ValueError(f"{folder} is not a model folder: it {found}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested without end
@@ -406,8 +439,15 @@ def read_spec(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
     provenance = data.get("provenance") or {}
     if not isinstance(provenance, dict):
         raise ValueError(f"{path}: provenance must be an object, got {provenance!r:.80}")
+    model = data.get("model")
+    got = model.get("kind") if isinstance(model, dict) else None
+    if got in ("ModelSpec", "ToolSpec") and got != kind.__name__:
+        raise ValueError(
+            f"{folder} holds no {what}: expected a {kind.__name__}, got a {got}; "
+            f"snoopi.pipeline.{other} reads it"
+        )
     try:
-        spec = ModelSpec.from_json(data.get("model"))
+        spec = kind.from_json(model)
         _check_sizes(dataclasses.asdict(spec), "model")
         return spec, provenance
     except (ValueError, ArithmeticError) as error:  # a config divides by its own numbers
@@ -478,7 +518,7 @@ def load_weights(
 
 
 def _load_part(
-    folder: Path, spec: ModelSpec, part: str, dtype: torch.dtype | None, widen: bool
+    folder: Path, spec: ModelSpec | ToolSpec, part: str, dtype: torch.dtype | None, widen: bool
 ) -> nn.Module | None:
     path = folder / f"{part}.safetensors"
     if not path.is_file():
@@ -488,6 +528,42 @@ def _load_part(
     except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:
         raise ValueError(f"{folder / SPEC_FILE}: no {part} has these sizes: {error}") from error
     return load_weights(net, path, dtype, widen)
+
+
+def _save(folder: Path, write: Callable[[Path], None]) -> Path:
+    """`write` a folder under another name, then put it in place of `folder`."""
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            write(temporary)
+            temporary.chmod(0o755)
+            _replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _write(
+    folder: Path,
+    spec: ModelSpec | ToolSpec,
+    networks: Mapping[str, nn.Module | None],
+    tokenizers: Sequence[Tokenizer | None],
+    provenance: Mapping[str, Any],
+    dtype: torch.dtype | None,
+) -> None:
+    for part, net in networks.items():
+        if net is not None:
+            state = {k: _stored(v, dtype) for k, v in net.state_dict().items()}
+            path = folder / f"{part}.safetensors"
+            save_file(state, path)
+            path.chmod(0o644)  # safetensors makes it readable by its owner alone
+    for i, tokenizer in enumerate(tokenizers):
+        if tokenizer is not None:
+            (folder / _tokenizer_folder(i)).mkdir()
+            tokenizer.save(folder / _tokenizer_folder(i))
+    data = {"format": FORMAT, "model": spec.to_json(), "provenance": dict(provenance)}
+    (folder / SPEC_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def _stored(value: Tensor, dtype: torch.dtype | None) -> Tensor:

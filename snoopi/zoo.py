@@ -17,10 +17,13 @@ import torch
 from torch import nn
 
 from snoopi.models.clip import CLIPText, CLIPTextConfig
+from snoopi.models.clip_vision import CLIPVision, CLIPVisionConfig
 from snoopi.models.dit import DiT, DiTConfig
+from snoopi.models.inception import Inception, InceptionConfig
 from snoopi.models.t5 import T5Config, T5Encoder
 from snoopi.models.unet import UNet, UNetConfig
-from snoopi.models.vae import VAE, PatchVAE, PatchVAEConfig, VAEConfig
+from snoopi.models.vae import TAESD, VAE, PatchVAE, PatchVAEConfig, TAESDConfig, VAEConfig
+from snoopi.models.vgg import VGG, VGGConfig
 from snoopi.schedule import Schedule
 
 
@@ -52,7 +55,7 @@ class ModelSpec:
 
     arch: str
     backbone: UNetConfig | DiTConfig
-    vae: VAEConfig | PatchVAEConfig
+    vae: VAEConfig | PatchVAEConfig | TAESDConfig
     text: tuple[TextSpec, ...]
     schedule: Schedule = field(default_factory=Schedule)
     latent_size: int = 64
@@ -82,6 +85,30 @@ class ModelSpec:
         return _from_plain(cls, data, "model")
 
 
+ToolConfig = CLIPVisionConfig | CLIPTextConfig | InceptionConfig | VGGConfig | TAESDConfig
+
+
+@dataclass(frozen=True)
+class ToolSpec:
+    """Networks that serve measuring or losses, not generation; networks: part name to config."""
+
+    arch: str
+    networks: Mapping[str, ToolConfig]
+
+    def parts(self) -> dict[str, Any]:
+        """Part name to its config."""
+        return dict(self.networks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for snoopi.json."""
+        return _to_plain(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> ToolSpec:
+        """The inverse of to_json; ValueError names what is unknown, missing or of a wrong type."""
+        return _from_plain(cls, data, "model")
+
+
 def text_part(index: int) -> str:
     """The part name of the i-th text encoder, as in diffusers: text_encoder, text_encoder_2."""
     return "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
@@ -92,8 +119,12 @@ NETWORKS: dict[type, type[nn.Module]] = {
     DiTConfig: DiT,
     VAEConfig: VAE,
     PatchVAEConfig: PatchVAE,
+    TAESDConfig: TAESD,
     CLIPTextConfig: CLIPText,
     T5Config: T5Encoder,
+    CLIPVisionConfig: CLIPVision,
+    InceptionConfig: Inception,
+    VGGConfig: VGG,
 }
 
 _CLIP_L = CLIPTextConfig()
@@ -241,18 +272,68 @@ PRESETS: dict[str, ModelSpec] = {
 }
 
 
-def preset(name: str) -> ModelSpec:
-    """A preset by name; ValueError names the nearest one."""
+def _clip(arch: str, image: CLIPVisionConfig, text: CLIPTextConfig) -> ToolSpec:
+    return ToolSpec(arch, {"image_encoder": image, "text_encoder": text})
+
+
+_TEXT_B = CLIPTextConfig(width=512, mlp_width=2048, heads=8, projection=512)
+_TEXT_H = dataclasses.replace(_CLIP_H, layers=24, projection=1024)  # Stable Diffusion 2 drops one
+_VISION_L = CLIPVisionConfig(
+    width=1024, mlp_width=4096, layers=24, heads=16, patch=14, projection=768
+)
+_VISION_H = dataclasses.replace(
+    _VISION_L, width=1280, mlp_width=5120, layers=32, projection=1024, activation="gelu"
+)
+# OpenAI's weights read quick_gelu in both towers, LAION's gelu.
+TOOLS: dict[str, ToolSpec] = {
+    "clip-vit-b-32": _clip("clip-vit-b-32", CLIPVisionConfig(), _TEXT_B),
+    "clip-vit-b-16": _clip("clip-vit-b-16", CLIPVisionConfig(patch=16), _TEXT_B),
+    "clip-vit-l-14": _clip(
+        "clip-vit-l-14", _VISION_L, dataclasses.replace(_CLIP_L, projection=768)
+    ),
+    "openclip-vit-h-14": _clip("openclip-vit-h-14", _VISION_H, _TEXT_H),
+    "openclip-vit-g-14": _clip(
+        "openclip-vit-g-14",
+        dataclasses.replace(_VISION_H, width=1408, mlp_width=6144, layers=40),
+        _TEXT_H,
+    ),
+    "openclip-vit-bigg-14": _clip(
+        "openclip-vit-bigg-14",
+        dataclasses.replace(_VISION_H, width=1664, mlp_width=8192, layers=48, projection=1280),
+        _CLIP_BIGG,
+    ),
+    "inception-fid": ToolSpec("inception-fid", {"network": InceptionConfig()}),
+    "vgg16": ToolSpec("vgg16", {"network": VGGConfig()}),
+    "taesd": ToolSpec("taesd", {"vae": TAESDConfig()}),
+    "taesdxl": ToolSpec("taesdxl", {"vae": TAESDConfig()}),
+}
+
+
+def preset(name: str) -> Any:
+    """The ModelSpec or ToolSpec of a name; ValueError names the nearest one."""
     if name in PRESETS:
         return PRESETS[name]
-    near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-    raise ValueError(f"unknown model {name!r}; the nearest is {near!r} of {', '.join(PRESETS)}")
+    if name in TOOLS:
+        return TOOLS[name]
+    near = get_close_matches(name, [*PRESETS, *TOOLS], n=1, cutoff=0.0)[0]
+    raise ValueError(
+        f"unknown model {name!r}; the nearest is {near!r} of {', '.join([*PRESETS, *TOOLS])}"
+    )
 
 
-def build(spec: str | ModelSpec, part: str = "backbone", device: str = "meta") -> Any:
+def model(name: str) -> ModelSpec:
+    """The ModelSpec of a name; ValueError for a tool's name, too: it makes no pictures."""
+    spec = preset(name)
+    if not isinstance(spec, ModelSpec):
+        raise ValueError(f"{name!r} is a tool, not a model: expected one of {', '.join(PRESETS)}")
+    return spec
+
+
+def build(spec: str | ModelSpec | ToolSpec, part: str = "backbone", device: str = "meta") -> Any:
     """The network of one part, in eval mode; on "meta" it has shapes but no memory.
 
-    spec: a preset's name or a ModelSpec. part: "backbone", "vae", "text_encoder", "text_encoder_2".
+    spec: a preset's name, a ModelSpec or a ToolSpec. part: "backbone", "vae", "text_encoder",
+    "text_encoder_2"; of tools "image_encoder", "text_encoder", "network" or "vae".
     """
     spec = preset(spec) if isinstance(spec, str) else spec
     parts = spec.parts()
@@ -262,7 +343,7 @@ def build(spec: str | ModelSpec, part: str = "backbone", device: str = "meta") -
         return NETWORKS[type(parts[part])](parts[part]).eval()
 
 
-def fresh(spec: str | ModelSpec, part: str, seed: int) -> Any:
+def fresh(spec: str | ModelSpec | ToolSpec, part: str, seed: int) -> Any:
     """A randomly initialised network in training mode: a function of the seed alone.
 
     torch's own initialisation, except that text embeddings start small beside what the layers add,
