@@ -187,7 +187,7 @@ class Pipeline:
         negatives = list(negatives or [None] * len(prompts))
         null, kappa = None, scale if guidance == "cfg" else self.spec.kappa
         if guidance == "cfg" and scale != 1:
-            null = self.encode([n or "" for n in negatives]) if any(negatives) else self.null()
+            null = self._unconditional(negatives)
         elif guidance in self._over_cfg():
             null = self.null()
         cond = self.condition(prompts, negatives, guidance, scale)
@@ -301,6 +301,21 @@ class Pipeline:
         zeros = None if null.pooled is None else torch.zeros_like(null.pooled)
         return dataclasses.replace(null, tokens=torch.zeros_like(null.tokens), pooled=zeros)
 
+    def _unconditional(self, negatives: Sequence[str | None]) -> Conditioning:
+        """What CFG leads away from: each prompt's negative, the null text where it has none."""
+        if not any(negatives):
+            return self.null()
+        texts = self.encode([n or "" for n in negatives])
+        if self.spec.null == "encoded" or all(negatives):
+            return texts
+        null = self.null()
+        used = torch.tensor([bool(n) for n in negatives], device=texts.tokens.device)
+        tokens = torch.where(used[:, None, None], texts.tokens, null.tokens)
+        pooled = texts.pooled
+        if pooled is not None and null.pooled is not None:
+            pooled = torch.where(used[:, None], pooled, null.pooled)
+        return dataclasses.replace(texts, tokens=tokens, pooled=pooled)
+
     def _default_scale(self, guidance: str) -> float:
         if guidance == "cfg" and self.spec.one_step is None:
             return self.spec.kappa
@@ -353,7 +368,7 @@ def read_text(
     The mask is None where padding is read as text (CLIP); else the encoder was given it, too.
     """
     device = next(encoder.parameters()).device
-    ids, mask = (x.to(device) for x in tokenizer(prompts))
+    ids, mask = (x.to(device) for x in tokenizer([text.prepare(p) for p in prompts]))
     return (encoder(ids, mask), mask) if text.config.masked else (encoder(ids), None)
 
 

@@ -26,15 +26,26 @@ from snoopi.models.vae import TAESD, VAE, PatchVAE, PatchVAEConfig, TAESDConfig,
 from snoopi.models.vgg import VGG, VGGConfig
 from snoopi.schedule import Schedule
 
+# Of a field that snoopi.json files written before it lack: they mean its default.
+_ADDED = {"added": True}
+
 
 @dataclass(frozen=True)
 class TextSpec:
-    """One text encoder, which of its outputs the backbone reads, and the padding id."""
+    """One text encoder, which of its outputs the backbone reads, and the padding id.
+
+    lower: prompts are lowercased and stripped first, as PixArt's were in training.
+    """
 
     config: CLIPTextConfig | T5Config
     output: Literal["last", "penultimate"] = "last"
     pooled: bool = False
     pad_id: int = 49407
+    lower: bool = field(default=False, metadata=_ADDED)
+
+    def prepare(self, prompt: str) -> str:
+        """The prompt as the tokenizer gets it."""
+        return prompt.lower().strip() if self.lower else prompt
 
 
 @dataclass(frozen=True)
@@ -48,12 +59,12 @@ class OneStep:
     """
 
     t: int = 999
-    sampler: str = ""
-    steps: int = 1
-    times: tuple[int, ...] = ()
-    abar: float | None = None
-    eta: float = 1.0
-    guidance: float | None = None
+    sampler: str = field(default="", metadata=_ADDED)
+    steps: int = field(default=1, metadata=_ADDED)
+    times: tuple[int, ...] = field(default=(), metadata=_ADDED)
+    abar: float | None = field(default=None, metadata=_ADDED)
+    eta: float = field(default=1.0, metadata=_ADDED)
+    guidance: float | None = field(default=None, metadata=_ADDED)
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ class ModelSpec:
     one_step: OneStep | None = None
     steps: int = 25
     kappa: float = 7.5
-    sampler: str = "ddim"
+    sampler: str = field(default="ddim", metadata=_ADDED)
     strengths: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -191,7 +202,7 @@ _PIXART = ModelSpec(
     "pixart-256",
     DiTConfig(sample_size=32),
     VAEConfig(),
-    (TextSpec(T5Config(), pad_id=0),),
+    (TextSpec(T5Config(), pad_id=0, lower=True),),
     schedule=_LINEAR,
     latent_size=32,
     steps=20,
@@ -445,12 +456,6 @@ def fresh(spec: str | ModelSpec | ToolSpec, part: str, seed: int) -> Any:
     return net
 
 
-_LATER: dict[type, tuple[str, ...]] = {
-    ModelSpec: ("sampler",),
-    OneStep: ("sampler", "steps", "times", "abar", "eta", "guidance"),
-}
-
-
 def _to_plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -508,13 +513,13 @@ def _from_fields(kind: Any, data: Any, where: str) -> Any:
         raise ValueError(f"{where} must be an object of kind {kind.__name__}, got {data!r:.80}")
     hints = get_type_hints(kind)
     names = [f.name for f in dataclasses.fields(kind)]
+    added = [f.name for f in dataclasses.fields(kind) if f.metadata.get("added")]
     for key in data:
         if key != "kind" and key not in names:
             near = get_close_matches(key, names, n=1, cutoff=0.0)[0]
             raise ValueError(f"{where} has an unknown key {key!r}; the nearest is {near!r}")
-    # Folders of earlier versions lack what has come with a default since; the rest must be there.
-    missing = [name for name in names if name not in data and name not in _LATER.get(kind, ())]
+    missing = [name for name in names if name not in data and name not in added]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
-    there = [name for name in names if name in data]
-    return kind(**{n: _from_plain(hints[n], data[n], f"{where}.{n}") for n in there})
+    found = [name for name in names if name in data]
+    return kind(**{n: _from_plain(hints[n], data[n], f"{where}.{n}") for n in found})
