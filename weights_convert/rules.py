@@ -127,8 +127,10 @@ def plan(
             got = list(source[found].shape)
             trouble.append(f"{found} must be {list(wanted)}, got {got}")
             continue
-        if not source[found].dtype.is_floating_point:
-            trouble.append(f"{found} must be of a floating type, got {source[found].dtype}")
+        counter = target.endswith("num_batches_tracked")
+        if source[found].dtype.is_floating_point == counter:
+            kind = "an integer" if counter else "a floating"
+            trouble.append(f"{found} must be of {kind} type, got {source[found].dtype}")
             continue
         items.append(Item(target, found, rule, shape))
     dropped = []
@@ -177,12 +179,13 @@ def _forward(item: Item, entry: Entry, dtype: torch.dtype | None) -> Entry:
         value = value.T if item.rule.transposed else value
         return cast(item.target, value.reshape(item.shape), dtype)
 
-    return Entry(item.shape, dtype or entry.dtype, read)
+    floating = entry.dtype.is_floating_point
+    return Entry(item.shape, dtype if dtype and floating else entry.dtype, read)
 
 
 def cast(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A tensor in another float type; ValueError where finite values would not stay so."""
-    if dtype is None or value.dtype == dtype:
+    if dtype is None or value.dtype == dtype or not value.is_floating_point():
         return value
     result = value.to(dtype)
     if not bool(torch.isfinite(result).all()) and bool(torch.isfinite(value).all()):
