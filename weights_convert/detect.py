@@ -310,9 +310,11 @@ def _sizes(kind: type, infer: Callable[[], Any], *asked: Any) -> Any:
         # An --arch of other sizes is told so, where these are a known network's.
         known = [spec for spec in PRESETS.values() if sizes in spec.parts().values()]
         return sizes if known or not same else same[0]
-    except ValueError as error:
-        if same:
+    except (ValueError, LookupError, ArithmeticError) as error:
+        if same:  # the plan says what is missing
             return same[0]
+        if not isinstance(error, ValueError):
+            raise
         raise ValueError(
             f"the sizes that its shapes show make no known network ({error}): "
             f"add --arch with the snoopi.json of such a model"

@@ -188,10 +188,15 @@ def cast(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None or value.dtype == dtype or not value.is_floating_point():
         return value
     result = value.to(dtype)
-    if not bool(torch.isfinite(result).all()) and bool(torch.isfinite(value).all()):
-        largest = float(value.abs().max())
+    if not _finite(result) and bool((value.isfinite() & ~result.isfinite()).any()):
+        largest = float(value[value.isfinite()].abs().max())
         raise ValueError(f"{name} reaches {largest:g}, too large for {dtype}: keep bf16 or fp32")
     return result
+
+
+def _finite(value: Tensor) -> bool:
+    """Whether all are finite, without a copy: NaN and infinities reach the minimum or maximum."""
+    return not value.numel() or all(bool(end.isfinite()) for end in torch.aminmax(value))
 
 
 def _backward(items: Sequence[Item], network: Mapping[str, Entry]) -> Entry:
