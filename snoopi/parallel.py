@@ -247,7 +247,8 @@ def shard(
     FSDP2's default would turn a float timestep of 999 into 1000.
 
     Raises:
-        ValueError: the ranks do not hold the same weights (each keeps only its own part of them).
+        ValueError: the ranks do not hold the same weights (each keeps only its own part of them);
+            a parameter without dimensions is trainable.
     """
     device = device or torch.device("cpu")
     module.to(device)
@@ -257,11 +258,18 @@ def shard(
         return module
     if not dist.is_initialized():
         raise ValueError("parallel.shard = 'always' at one rank needs setup(group=True)")
+    # A scalar (CLIP's temperature) cannot be divided: every rank keeps it whole, which is right for
+    # a frozen one only, since nothing averages its gradient.
+    scalars = {p for p in module.parameters() if p.ndim == 0}
+    if any(p.requires_grad for p in scalars):
+        raise ValueError(f"a scalar of {type(module).__name__} cannot be sharded: freeze it")
     mesh = init_device_mesh(device.type, (world_size(),))
     inner = _precision(dtype)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=inner)
-    fully_shard(module, mesh=mesh, mp_policy=_precision(dtype, root=True))
+    fully_shard(
+        module, mesh=mesh, mp_policy=_precision(dtype, root=True), ignored_params=scalars or None
+    )
     for name in methods:
         register_fsdp_forward_method(module, name)
     return module

@@ -28,9 +28,9 @@ from snoopi.errors import writing
 from snoopi.guidance import NAG, NASA, VSF, Guidance, cfg
 from snoopi.noise import Noise
 from snoopi.pictures import to_uint8
-from snoopi.samplers import ddim, one_step
+from snoopi.samplers import one_step, sample
 from snoopi.tokenize import Tokenizer
-from snoopi.zoo import ModelSpec, TextSpec, build, text_part
+from snoopi.zoo import ModelSpec, TextSpec, ToolSpec, build, text_part
 
 SPEC_FILE = "snoopi.json"
 SHIPPED = Path(__file__).parent / "shipped"  # model folders that come with the package
@@ -108,7 +108,7 @@ class Pipeline:
         "embed-sub" (subtract text embeddings), "cfg" (of the model's outputs, every step) or
         "none". A multi-step model runs under CFG at its own kappa besides, but for "none".
         scale: its strength; for "cfg" it is kappa (1 = off). None: the model's default.
-        steps: None is one step for a one-step model, else the model's default with DDIM.
+        steps: None is the recipe's of a one-step model (mostly one), else the model's default.
         size: (height, width) in pixels. Picture i of a prompt uses noise i of `seed`, whatever
         the batch. Raises ValueError for what it cannot do.
         """
@@ -126,7 +126,11 @@ class Pipeline:
         negatives = [n for n in negatives for _ in range(num)]
         indices = [i % num for i in range(len(prompts))]
         z = self.noise(seed, indices, size)
-        x = self.pictures(prompts, z, negatives, guidance, scale, steps)
+
+        def noise(step: int) -> Tensor:
+            return Noise(seed).normal("sampler", step, indices, tuple(z.shape[1:])).to(z)
+
+        x = self.pictures(prompts, z, negatives, guidance, scale, steps, noise)
         return [Image.fromarray(row) for row in to_uint8(x)]
 
     def noise(
@@ -149,11 +153,15 @@ class Pipeline:
         guidance: str = "nasa",
         scale: float | None = None,
         steps: int | None = None,
+        noise: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
-        """Pictures [b 3 H W] in [-1, 1] from prompts and starting noise z [b c h w]."""
+        """Pictures [b 3 H W] in [-1, 1] from prompts and starting noise z [b c h w].
+
+        noise(i): fresh N(0, 1) in z's shape for step i of a sampler that adds noise.
+        """
         self._complete()
         assert self.vae is not None
-        x0 = self.latents(prompts, z, negatives, guidance, scale, steps)
+        x0 = self.latents(prompts, z, negatives, guidance, scale, steps, noise)
         return self.vae.decode(x0.to(self._dtype(self.vae))).float().clamp(-1, 1)
 
     @torch.no_grad()
@@ -165,8 +173,9 @@ class Pipeline:
         guidance: str = "nasa",
         scale: float | None = None,
         steps: int | None = None,
+        noise: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
-        """Clean latents [b c h w] from prompts and starting noise."""
+        """Clean latents [b c h w] from prompts and starting noise; noise as in `pictures`."""
         if guidance not in MODES:
             raise ValueError(f"guidance must be one of {', '.join(MODES)}, got {guidance!r}")
         if not prompts:
@@ -185,7 +194,7 @@ class Pipeline:
         backbone = self.backbone
         assert backbone is not None
         z = z.to(next(backbone.parameters()).device)
-        return self._sample(cond, z, null, kappa, steps)
+        return self._sample(cond, z, null, kappa, steps, noise)
 
     def _over_cfg(self) -> tuple[str, ...]:
         """Guidances under which the model runs with CFG besides: a multi-step model needs it."""
@@ -198,20 +207,38 @@ class Pipeline:
         null: Conditioning | None,
         kappa: float,
         steps: int | None,
+        noise: Callable[[int], Tensor] | None,
     ) -> Tensor:
+        """x0 by the spec's recipe, or its multi-step sampler."""
         backbone, schedule, recipe = self.backbone, self.spec.schedule, self.spec.one_step
         assert backbone is not None
 
         def call(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
             return backbone(x.to(self._dtype(backbone)), t, cond)
 
-        if recipe is None or (steps or 1) > 1:
-            steps = steps or self.spec.steps
-            return ddim(call, schedule, z, cond, steps=steps, null=null, kappa=kappa)
-        x0 = one_step(call, schedule, z, cond, recipe.t)
+        def run(name: str, steps: int, **more: Any) -> Tensor:
+            return sample(
+                name, call, schedule, z, cond, steps=steps, null=null, kappa=kappa, noise=noise,
+                **more,
+            )  # fmt: skip
+
+        if recipe is None:
+            return run(self.spec.sampler, steps or self.spec.steps)
+        if recipe.guidance is not None:
+            width = torch.full((len(z),), 1000 * (recipe.guidance - 1), device=z.device)
+            cond = dataclasses.replace(cond, guidance_embed=width)
+        steps = steps or recipe.steps
+        if recipe.sampler:
+            times = recipe.times if len(recipe.times) == steps else None
+            more = {"eta": recipe.eta} if recipe.sampler == "tcd" else {}
+            return run(recipe.sampler, steps, times=times, **more)
+        if steps > 1:
+            return run("ddim", steps)
+        x0 = one_step(call, schedule, z, cond, recipe.t, recipe.abar)
         if null is None:
             return x0
-        return cfg(x0, one_step(call, schedule, z, null.expand(len(z)), recipe.t), kappa)
+        away = one_step(call, schedule, z, null.expand(len(z)), recipe.t, recipe.abar)
+        return cfg(x0, away, kappa)
 
     def condition(
         self,
@@ -321,31 +348,12 @@ class Pipeline:
         dtype: storage of floating-point weights; None: as they are.
         Raises OSError naming `folder`, for example on a full disk.
         """
-        folder = Path(folder)
-        with writing(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-            try:
-                self._write(temporary, dtype)
-                temporary.chmod(0o755)
-                _replace(temporary, folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-        return folder
-
-    def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
-        for part, net in self._networks().items():
-            if net is not None:
-                state = {k: _stored(v, dtype) for k, v in net.state_dict().items()}
-                path = folder / f"{part}.safetensors"
-                save_file(state, path)
-                path.chmod(0o644)  # safetensors makes it readable by its owner alone
-        for i, tokenizer in enumerate(self.tokenizers):
-            if tokenizer is not None:
-                (folder / _tokenizer_folder(i)).mkdir()
-                tokenizer.save(folder / _tokenizer_folder(i))
-        data = {"format": FORMAT, "model": self.spec.to_json(), "provenance": self.provenance}
-        (folder / SPEC_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        return _save(
+            Path(folder),
+            lambda to: _write(
+                to, self.spec, self._networks(), self.tokenizers, self.provenance, dtype
+            ),
+        )
 
     def _networks(self) -> dict[str, nn.Module | None]:
         texts = {text_part(i): net for i, net in enumerate(self.text_encoders)}
@@ -394,6 +402,48 @@ def load(
     return pipeline.to(device)
 
 
+def load_tools(
+    path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None
+) -> dict[str, nn.Module]:
+    """The networks of a folder of tools (a ToolSpec) by part, in eval mode and frozen.
+
+    A part whose file is absent is left out: an image encoder may come without its text encoder.
+    dtype: as in `load`. Raises ValueError for a folder of another kind, without any network, or
+    whose files do not fit its snoopi.json.
+    """
+    folder = Path(path)
+    spec, _ = read_tools(folder)
+    widen = dtype is None and torch.device(device).type == "cpu"
+    parts = {part: _load_part(folder, spec, part, dtype, widen) for part in spec.parts()}
+    found = {p: net.to(device).requires_grad_(False) for p, net in parts.items() if net is not None}
+    if not found:
+        files = ", ".join(f"{part}.safetensors" for part in parts)
+        raise ValueError(f"{folder} holds no network: expected {files}")
+    return found
+
+
+def save_tools(
+    folder: Path | str,
+    spec: ToolSpec,
+    networks: Mapping[str, nn.Module],
+    tokenizer: Tokenizer | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a folder of tools atomically, as Pipeline.save does a model's.
+
+    networks: of the spec's parts, or of some of them. Raises ValueError for any other part.
+    """
+    unknown = [part for part in networks if part not in spec.parts()]
+    if unknown or not networks:
+        have = ", ".join(spec.parts())
+        raise ValueError(f"{spec.arch} has the parts {have}, got {', '.join(unknown) or 'none'}")
+    tokenizers = [] if tokenizer is None else [tokenizer]
+    return _save(
+        Path(folder), lambda to: _write(to, spec, networks, tokenizers, provenance or {}, dtype)
+    )
+
+
 def shipped() -> list[str]:
     """Names of the model folders that come with the package."""
     folders = SHIPPED.iterdir() if SHIPPED.is_dir() else ()
@@ -407,11 +457,21 @@ def shipped_or_path(name: str) -> Path:
 
 def read_spec(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
     """The ModelSpec and the provenance in a model folder's snoopi.json."""
+    return _read(folder, ModelSpec, "a model that makes pictures", "load_tools")
+
+
+def read_tools(folder: Path) -> tuple[ToolSpec, dict[str, Any]]:
+    """The ToolSpec and the provenance in the snoopi.json of a folder of tools."""
+    return _read(folder, ToolSpec, "tools (networks that measure)", "load")
+
+
+def _read(folder: Path, kind: Any, what: str, other: str) -> tuple[Any, dict[str, Any]]:
+    """The spec of one kind and the provenance; `other` is the function that reads the other."""
     path = folder / SPEC_FILE
     if not path.is_file():
-        what = f"holds no {SPEC_FILE}" if folder.is_dir() else "does not exist"
-        what = "is a file" if folder.is_file() else what
-        raise ValueError(f"{folder} is not a model folder: it {what}")
+        found = f"holds no {SPEC_FILE}" if folder.is_dir() else "does not exist"
+        found = "is a file" if folder.is_file() else found
+        raise ValueError(f"{folder} is not a model folder: it {found}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested without end
@@ -421,8 +481,15 @@ def read_spec(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
     provenance = data.get("provenance") or {}
     if not isinstance(provenance, dict):
         raise ValueError(f"{path}: provenance must be an object, got {provenance!r:.80}")
+    model = data.get("model")
+    got = model.get("kind") if isinstance(model, dict) else None
+    if got in ("ModelSpec", "ToolSpec") and got != kind.__name__:
+        raise ValueError(
+            f"{folder} holds no {what}: expected a {kind.__name__}, got a {got}; "
+            f"snoopi.pipeline.{other} reads it"
+        )
     try:
-        spec = ModelSpec.from_json(data.get("model"))
+        spec = kind.from_json(model)
         _check_sizes(dataclasses.asdict(spec), "model")
         return spec, provenance
     except (ValueError, ArithmeticError) as error:  # a config divides by its own numbers
@@ -493,7 +560,7 @@ def load_weights(
 
 
 def _load_part(
-    folder: Path, spec: ModelSpec, part: str, dtype: torch.dtype | None, widen: bool
+    folder: Path, spec: ModelSpec | ToolSpec, part: str, dtype: torch.dtype | None, widen: bool
 ) -> nn.Module | None:
     path = folder / f"{part}.safetensors"
     if not path.is_file():
@@ -503,6 +570,42 @@ def _load_part(
     except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:
         raise ValueError(f"{folder / SPEC_FILE}: no {part} has these sizes: {error}") from error
     return load_weights(net, path, dtype, widen)
+
+
+def _save(folder: Path, write: Callable[[Path], None]) -> Path:
+    """`write` a folder under another name, then put it in place of `folder`."""
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            write(temporary)
+            temporary.chmod(0o755)
+            _replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _write(
+    folder: Path,
+    spec: ModelSpec | ToolSpec,
+    networks: Mapping[str, nn.Module | None],
+    tokenizers: Sequence[Tokenizer | None],
+    provenance: Mapping[str, Any],
+    dtype: torch.dtype | None,
+) -> None:
+    for part, net in networks.items():
+        if net is not None:
+            state = {k: _stored(v, dtype) for k, v in net.state_dict().items()}
+            path = folder / f"{part}.safetensors"
+            save_file(state, path)
+            path.chmod(0o644)  # safetensors makes it readable by its owner alone
+    for i, tokenizer in enumerate(tokenizers):
+        if tokenizer is not None:
+            (folder / _tokenizer_folder(i)).mkdir()
+            tokenizer.save(folder / _tokenizer_folder(i))
+    data = {"format": FORMAT, "model": spec.to_json(), "provenance": dict(provenance)}
+    (folder / SPEC_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def _stored(value: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Noise schedules and the four things a network may predict.
+"""Noise schedules and what a network may predict.
 
 x_t = alpha_t x0 + sigma_t eps (SNOOPI Eq. 1), alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t).
 Conversions run in fp32 or better: at t = 999 an error of the prediction is amplified by
@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Prediction = Literal["eps", "v", "x0"]
+Prediction = Literal["eps", "v", "x0", "flow"]
 Betas = Literal["scaled_linear", "linear"]
 
 
@@ -22,7 +22,8 @@ Betas = Literal["scaled_linear", "linear"]
 class Schedule:
     """A variance-preserving schedule of `steps` timesteps and what the network predicts with it.
 
-    prediction: "eps"; "v" = alpha eps - sigma x0; "x0".
+    prediction: "eps"; "v" = alpha eps - sigma x0; "x0"; "flow", the velocity of a rectified flow,
+    which has no place in such a schedule: only the sampler "flow" reads it.
     """
 
     betas: Betas = "scaled_linear"
@@ -46,14 +47,21 @@ class Schedule:
             betas = torch.linspace(low, high, self.steps, dtype=torch.float64) ** 2
         return torch.cumprod(1 - betas, dim=0)
 
-    def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(
+        self, t: Tensor, like: Tensor, abar: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t of integer timesteps t [b], shaped to multiply `like` [b ...].
 
-        float32, or float64 if `like` is; on like's device.
+        float32, or float64 if `like` is; on like's device. abar: abar_t in place of the schedule's
+        (SwiftBrush and DMD2 rounded abar_999 to 0.0047).
         """
-        abar = self.alpha_bar()[t.cpu()].view(-1, *[1] * (like.dim() - 1))  # [b 1 1 1]
+        if self.prediction == "flow":
+            raise ValueError("a rectified flow has no alpha_t and sigma_t: use the sampler 'flow'")
+        found = self.alpha_bar()[t.cpu()]
+        found = found if abar is None else torch.full_like(found, abar)
+        abar_t = found.view(-1, *[1] * (like.dim() - 1))  # [b 1 1 1]
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+        alpha, sigma = abar_t.sqrt(), (1 - abar_t).sqrt()
         return alpha.to(like.device, dtype), sigma.to(like.device, dtype)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -66,10 +74,12 @@ class Schedule:
         alpha, sigma = self.alpha_sigma(t, x0)
         return {"eps": eps, "v": alpha * eps - sigma * x0, "x0": x0}[self.prediction]
 
-    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean latent that a prediction at x_t means; fp32 or better."""
+    def to_x0(
+        self, prediction: Tensor, x_t: Tensor, t: Tensor, abar: float | None = None
+    ) -> Tensor:
+        """The clean latent that a prediction at x_t means; fp32 or better. abar: alpha_sigma's."""
         pred, x_t = _upcast(prediction), _upcast(x_t)
-        alpha, sigma = self.alpha_sigma(t, x_t)
+        alpha, sigma = self.alpha_sigma(t, x_t, abar)
         if self.prediction == "eps":
             return (x_t - sigma * pred) / alpha
         return alpha * x_t - sigma * pred if self.prediction == "v" else pred

@@ -325,7 +325,7 @@ def _plan(config: Config, out: Path) -> str:
     """What a run would do, without doing it: recipe, parameter counts, steps."""
     lines = [recipes.to_toml(config), f"out: {out}"]
     if config.run.method != "vsd":
-        spec = zoo.preset(config.model.preset)
+        spec = zoo.model(config.model.preset)
         for part in spec.parts():
             count = sum(p.numel() for p in zoo.build(spec, part).parameters())
             lines.append(f"{part}: {count:,} parameters")

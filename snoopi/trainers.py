@@ -109,7 +109,7 @@ class VAETrainer:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.noise, self.world = Noise(config.run.seed), ShapesWorld()
-        self.spec = zoo.preset(config.model.preset)
+        self.spec = zoo.model(config.model.preset)
         if not isinstance(self.spec.vae, VAEConfig):
             raise ValueError(f"model.preset: {self.spec.arch} has no VAE that learns")
         net = zoo.fresh(self.spec, "vae", config.run.seed)
@@ -180,7 +180,7 @@ class TeacherTrainer:
         if vae is not None:
             # Convolutions on the CPU are faster in channels-last, and pictures follow the weights.
             return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
-        preset = zoo.preset(self.config.model.preset)
+        preset = zoo.model(self.config.model.preset)
         if not isinstance(preset.vae, PatchVAEConfig):
             raise ValueError("model.vae: this preset needs a model folder with a VAE, got ''")
         fitted = zoo.fresh(preset, "vae", self.config.run.seed).eval()
@@ -189,7 +189,7 @@ class TeacherTrainer:
 
     def _spec(self) -> zoo.ModelSpec:
         """The preset with the world's vocabulary, the VAE's config, the recipe's prediction."""
-        spec, tokenizer = zoo.preset(self.config.model.preset), self.tokenizer
+        spec, tokenizer = zoo.model(self.config.model.preset), self.tokenizer
         _check_vae(self.vae.config, spec, self.world)
         text = spec.text[0]
         words = tokenizer.tokenizer.get_vocab_size()

@@ -17,10 +17,13 @@ import torch
 from torch import nn
 
 from snoopi.models.clip import CLIPText, CLIPTextConfig
+from snoopi.models.clip_vision import CLIPVision, CLIPVisionConfig
 from snoopi.models.dit import DiT, DiTConfig
+from snoopi.models.inception import Inception, InceptionConfig
 from snoopi.models.t5 import T5Config, T5Encoder
 from snoopi.models.unet import UNet, UNetConfig
-from snoopi.models.vae import VAE, PatchVAE, PatchVAEConfig, VAEConfig
+from snoopi.models.vae import TAESD, VAE, PatchVAE, PatchVAEConfig, TAESDConfig, VAEConfig
+from snoopi.models.vgg import VGG, VGGConfig
 from snoopi.schedule import Schedule
 
 # Of a field that snoopi.json files written before it lack: they mean its default.
@@ -47,9 +50,21 @@ class TextSpec:
 
 @dataclass(frozen=True)
 class OneStep:
-    """How a one-step model is called: on z ~ N(0, I) at timestep t, then x0 by the schedule."""
+    """How a one-step model is called: on z ~ N(0, I) at timestep t, then x0 by the schedule.
+
+    sampler: one of samplers.SAMPLERS in place of that one call, and for more than one step.
+    steps: how many when the caller does not say. times: the sampler's timesteps at that number of
+    steps, empty for its own. abar: alpha_t^2 of the one call in place of the schedule's. eta: of
+    TCD. guidance: LCM's, for networks that read it as guidance_embed.
+    """
 
     t: int = 999
+    sampler: str = field(default="", metadata=_ADDED)
+    steps: int = field(default=1, metadata=_ADDED)
+    times: tuple[int, ...] = field(default=(), metadata=_ADDED)
+    abar: float | None = field(default=None, metadata=_ADDED)
+    eta: float = field(default=1.0, metadata=_ADDED)
+    guidance: float | None = field(default=None, metadata=_ADDED)
 
 
 @dataclass(frozen=True)
@@ -57,13 +72,13 @@ class ModelSpec:
     """Everything about a model but its weights.
 
     latent_size: latent pixels a side of its native picture. null: the unconditional text, the
-    encoded empty prompt or zeros. one_step: None for a multi-step model. steps, kappa: the defaults
-    of a multi-step call. strengths: default strength per guidance.
+    encoded empty prompt or zeros. one_step: None for a multi-step model. steps, kappa, sampler:
+    the defaults of a multi-step call. strengths: default strength per guidance.
     """
 
     arch: str
     backbone: UNetConfig | DiTConfig
-    vae: VAEConfig | PatchVAEConfig
+    vae: VAEConfig | PatchVAEConfig | TAESDConfig
     text: tuple[TextSpec, ...]
     schedule: Schedule = field(default_factory=Schedule)
     latent_size: int = 64
@@ -71,6 +86,7 @@ class ModelSpec:
     one_step: OneStep | None = None
     steps: int = 25
     kappa: float = 7.5
+    sampler: str = field(default="ddim", metadata=_ADDED)
     strengths: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -93,6 +109,30 @@ class ModelSpec:
         return _from_plain(cls, data, "model")
 
 
+ToolConfig = CLIPVisionConfig | CLIPTextConfig | InceptionConfig | VGGConfig | TAESDConfig
+
+
+@dataclass(frozen=True)
+class ToolSpec:
+    """Networks that serve measuring or losses, not generation; networks: part name to config."""
+
+    arch: str
+    networks: Mapping[str, ToolConfig]
+
+    def parts(self) -> dict[str, Any]:
+        """Part name to its config."""
+        return dict(self.networks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for snoopi.json."""
+        return _to_plain(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> ToolSpec:
+        """The inverse of to_json; ValueError names what is unknown, missing or of a wrong type."""
+        return _from_plain(cls, data, "model")
+
+
 def text_part(index: int) -> str:
     """The part name of the i-th text encoder, as in diffusers: text_encoder, text_encoder_2."""
     return "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
@@ -103,8 +143,12 @@ NETWORKS: dict[type, type[nn.Module]] = {
     DiTConfig: DiT,
     VAEConfig: VAE,
     PatchVAEConfig: PatchVAE,
+    TAESDConfig: TAESD,
     CLIPTextConfig: CLIPText,
     T5Config: T5Encoder,
+    CLIPVisionConfig: CLIPVision,
+    InceptionConfig: Inception,
+    VGGConfig: VGG,
 }
 
 _CLIP_L = CLIPTextConfig()
@@ -124,9 +168,21 @@ _SDXL_UNET = UNetConfig(
     pooled_width=1280,
 )
 _V = Schedule(prediction="v")
-_SD15 = ModelSpec("sd15", _SD15_UNET, VAEConfig(), (TextSpec(_CLIP_L),), strengths={"nasa": 0.04})
+_SD15 = ModelSpec(
+    "sd15",
+    _SD15_UNET,
+    VAEConfig(),
+    (TextSpec(_CLIP_L),),
+    sampler="pndm",
+    strengths={"nasa": 0.04},
+)
 _SD21 = ModelSpec(
-    "sd21", _SD21_UNET, VAEConfig(), (TextSpec(_CLIP_H, pad_id=0),), strengths={"nasa": 0.3}
+    "sd21",
+    _SD21_UNET,
+    VAEConfig(),
+    (TextSpec(_CLIP_H, pad_id=0),),
+    sampler="pndm",
+    strengths={"nasa": 0.3},
 )
 _SDXL = ModelSpec(
     "sdxl",
@@ -138,6 +194,7 @@ _SDXL = ModelSpec(
     ),
     latent_size=128,
     null="zeros",
+    sampler="euler-leading",
     strengths={"nasa": 0.5},
 )
 _LINEAR = Schedule("linear", 1e-4, 0.02)
@@ -150,6 +207,7 @@ _PIXART = ModelSpec(
     latent_size=32,
     steps=20,
     kappa=4.5,
+    sampler="dpm++",
     strengths={"nasa": 0.8},
 )
 # The shapes world: 32 x 32 pictures, 8 x 8 latents; the world's tokenizer sets the text sizes.
@@ -229,41 +287,148 @@ _DEBUG = dataclasses.replace(
     ),
 )
 
+_PIXART_512 = dataclasses.replace(_PIXART, arch="pixart-512", backbone=DiTConfig(), latent_size=64)
+_PIXART_1024 = dataclasses.replace(
+    _PIXART,
+    arch="pixart-1024",
+    backbone=DiTConfig(sample_size=128, interpolation=2.0, size_embed=True),
+    latent_size=128,
+)
+_LCM_SDXL = dataclasses.replace(_SDXL, backbone=dataclasses.replace(_SDXL_UNET, guidance_width=256))
+_LCM_SD15 = dataclasses.replace(_SD15, backbone=dataclasses.replace(_SD15_UNET, guidance_width=256))
+_SDXL_512 = dataclasses.replace(_SDXL, latent_size=64)
+_X0 = Schedule(prediction="x0")
+_ROUNDED = 0.0047  # abar_999 as SwiftBrush's and DMD2's code has it; exactly it is 0.00466
+_DMD2_TIMES = (999, 749, 499, 249)
+_LCM = OneStep(sampler="lcm", steps=4)
+
+# One- and few-step models: what they were distilled from, how they are called, NASA's strength
+# (SNOOPI Tab. 8; 0.5 as in its Tab. 3 and 7 where it has none), and what else differs.
+RECIPES: dict[str, tuple[ModelSpec, OneStep, float, Mapping[str, Any]]] = {
+    "swiftbrush": (_SD21, OneStep(abar=_ROUNDED), 0.3, {}),
+    "sbv2": (_SD21, OneStep(), 0.3, {}),
+    "sd-turbo": (_SD21, OneStep(sampler="euler"), 0.3, {}),
+    "sdxl-turbo": (_SDXL_512, OneStep(sampler="euler-ancestral"), 0.5, {}),
+    "dmd-pixart": (_PIXART_512, OneStep(400), 0.45, {}),
+    "dmd2-sd15": (_SD15, OneStep(abar=_ROUNDED), 0.04, {}),
+    "dmd2-sdxl-1step": (_SDXL, OneStep(399), 0.5, {}),
+    "dmd2-sdxl-4step": (_SDXL, OneStep(sampler="dmd2", steps=4, times=_DMD2_TIMES), 0.5, {}),
+    "lcm-sdxl": (_LCM_SDXL, dataclasses.replace(_LCM, guidance=8.0), 0.5, {}),
+    "lcm-dreamshaper": (_LCM_SD15, dataclasses.replace(_LCM, guidance=8.0), 0.04, {}),
+    "lcm-lora-sdxl": (_SDXL, _LCM, 0.5, {}),
+    "lcm-lora-sd15": (_SD15, _LCM, 0.04, {}),
+    "instaflow": (
+        _SD15,
+        OneStep(sampler="flow"),
+        0.19,
+        {"schedule": Schedule(prediction="flow")},
+    ),
+    "yoso-pixart": (
+        _PIXART_512,
+        OneStep(sampler="lcm"),
+        0.2,
+        {"schedule": dataclasses.replace(_LINEAR, prediction="v")},
+    ),
+    "pixart-lcm": (_PIXART_1024, _LCM, 0.5, {}),
+    "hyper-sdxl-1step": (_SDXL, OneStep(800, sampler="lcm", times=(800,)), 0.5, {}),
+    "hyper-sdxl-1step-lora": (_SDXL, OneStep(sampler="tcd"), 0.5, {}),
+    "hyper-sd15-1step-lora": (_SD15, OneStep(sampler="tcd"), 0.04, {}),
+    **{
+        f"hyper-{name}-{n}steps-lora": (base, OneStep(sampler="ddim", steps=n), strength, {})
+        for name, base, strength in (("sdxl", _SDXL, 0.5), ("sd15", _SD15, 0.04))
+        for n in (2, 4, 8)
+    },
+    "sdxl-lightning-1step": (_SDXL, OneStep(sampler="euler"), 0.5, {"schedule": _X0}),
+    **{
+        f"sdxl-lightning-{n}step": (_SDXL, OneStep(sampler="euler", steps=n), 0.5, {})
+        for n in (2, 4, 8)
+    },
+}
+
 PRESETS: dict[str, ModelSpec] = {
     "sd15": _SD15,
     "sd21": _SD21,
-    "sd21-v": dataclasses.replace(_SD21, arch="sd21-v", schedule=_V, latent_size=96),
-    "sd-turbo": dataclasses.replace(_SD21, arch="sd-turbo", one_step=OneStep()),
+    "sd21-v": dataclasses.replace(
+        _SD21, arch="sd21-v", schedule=_V, latent_size=96, sampler="ddim-leading"
+    ),
     "sdxl": _SDXL,
-    "sdxl-turbo": dataclasses.replace(_SDXL, arch="sdxl-turbo", latent_size=64, one_step=OneStep()),
     "pixart-256": _PIXART,
-    "pixart-512": dataclasses.replace(
-        _PIXART, arch="pixart-512", backbone=DiTConfig(), latent_size=64
-    ),
-    "pixart-1024": dataclasses.replace(
-        _PIXART,
-        arch="pixart-1024",
-        backbone=DiTConfig(sample_size=128, interpolation=2.0, size_embed=True),
-        latent_size=128,
-    ),
+    "pixart-512": _PIXART_512,
+    "pixart-1024": _PIXART_1024,
+    **{
+        name: dataclasses.replace(
+            base, arch=name, one_step=recipe, strengths={"nasa": strength}, **changes
+        )
+        for name, (base, recipe, strength, changes) in RECIPES.items()
+    },
     "shapes": _SHAPES,
     "shapes_dit": _SHAPES_DIT,
     "debug": _DEBUG,
 }
 
 
-def preset(name: str) -> ModelSpec:
-    """A preset by name; ValueError names the nearest one."""
+def _clip(arch: str, image: CLIPVisionConfig, text: CLIPTextConfig) -> ToolSpec:
+    return ToolSpec(arch, {"image_encoder": image, "text_encoder": text})
+
+
+_TEXT_B = CLIPTextConfig(width=512, mlp_width=2048, heads=8, projection=512)
+_TEXT_H = dataclasses.replace(_CLIP_H, layers=24, projection=1024)  # Stable Diffusion 2 drops one
+_VISION_L = CLIPVisionConfig(
+    width=1024, mlp_width=4096, layers=24, heads=16, patch=14, projection=768
+)
+_VISION_H = dataclasses.replace(
+    _VISION_L, width=1280, mlp_width=5120, layers=32, projection=1024, activation="gelu"
+)
+# OpenAI's weights read quick_gelu in both towers, LAION's gelu.
+TOOLS: dict[str, ToolSpec] = {
+    "clip-vit-b-32": _clip("clip-vit-b-32", CLIPVisionConfig(), _TEXT_B),
+    "clip-vit-b-16": _clip("clip-vit-b-16", CLIPVisionConfig(patch=16), _TEXT_B),
+    "clip-vit-l-14": _clip(
+        "clip-vit-l-14", _VISION_L, dataclasses.replace(_CLIP_L, projection=768)
+    ),
+    "openclip-vit-h-14": _clip("openclip-vit-h-14", _VISION_H, _TEXT_H),
+    "openclip-vit-g-14": _clip(
+        "openclip-vit-g-14",
+        dataclasses.replace(_VISION_H, width=1408, mlp_width=6144, layers=40),
+        _TEXT_H,
+    ),
+    "openclip-vit-bigg-14": _clip(
+        "openclip-vit-bigg-14",
+        dataclasses.replace(_VISION_H, width=1664, mlp_width=8192, layers=48, projection=1280),
+        _CLIP_BIGG,
+    ),
+    "inception-fid": ToolSpec("inception-fid", {"network": InceptionConfig()}),
+    "vgg16": ToolSpec("vgg16", {"network": VGGConfig()}),
+    "taesd": ToolSpec("taesd", {"vae": TAESDConfig()}),
+    "taesdxl": ToolSpec("taesdxl", {"vae": TAESDConfig()}),
+}
+
+
+def preset(name: str) -> Any:
+    """The ModelSpec or ToolSpec of a name; ValueError names the nearest one."""
     if name in PRESETS:
         return PRESETS[name]
-    near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-    raise ValueError(f"unknown model {name!r}; the nearest is {near!r} of {', '.join(PRESETS)}")
+    if name in TOOLS:
+        return TOOLS[name]
+    near = get_close_matches(name, [*PRESETS, *TOOLS], n=1, cutoff=0.0)[0]
+    raise ValueError(
+        f"unknown model {name!r}; the nearest is {near!r} of {', '.join([*PRESETS, *TOOLS])}"
+    )
 
 
-def build(spec: str | ModelSpec, part: str = "backbone", device: str = "meta") -> Any:
+def model(name: str) -> ModelSpec:
+    """The ModelSpec of a name; ValueError for a tool's name, too: it makes no pictures."""
+    spec = preset(name)
+    if not isinstance(spec, ModelSpec):
+        raise ValueError(f"{name!r} is a tool, not a model: expected one of {', '.join(PRESETS)}")
+    return spec
+
+
+def build(spec: str | ModelSpec | ToolSpec, part: str = "backbone", device: str = "meta") -> Any:
     """The network of one part, in eval mode; on "meta" it has shapes but no memory.
 
-    spec: a preset's name or a ModelSpec. part: "backbone", "vae", "text_encoder", "text_encoder_2".
+    spec: a preset's name, a ModelSpec or a ToolSpec. part: "backbone", "vae", "text_encoder",
+    "text_encoder_2"; of tools "image_encoder", "text_encoder", "network" or "vae".
     """
     spec = preset(spec) if isinstance(spec, str) else spec
     parts = spec.parts()
@@ -273,7 +438,7 @@ def build(spec: str | ModelSpec, part: str = "backbone", device: str = "meta") -
         return NETWORKS[type(parts[part])](parts[part]).eval()
 
 
-def fresh(spec: str | ModelSpec, part: str, seed: int) -> Any:
+def fresh(spec: str | ModelSpec | ToolSpec, part: str, seed: int) -> Any:
     """A randomly initialised network in training mode: a function of the seed alone.
 
     torch's own initialisation, except that text embeddings start small beside what the layers add,

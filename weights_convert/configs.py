@@ -267,7 +267,7 @@ def _unet(
     text_width = shapes[middle + "transformer_blocks.0.attn2.to_k.weight"][1]
     linear = len(projection) == 2
     # Eight heads a level in SD1 (whose projections are convolutions), 64 channels a head later.
-    heads = tuple(c // 64 for c in channels) if linear else (8,) * len(channels)
+    heads = tuple(max(c // 64, 1) for c in channels) if linear else (8,) * len(channels)
     pooled = shapes[ends[2]][1] - 6 * 256 if ends[2] in shapes else None
     return UNetConfig(
         in_channels=shapes[ends[0]][1],
@@ -350,7 +350,7 @@ def _clip_text(
         width=width,
         mlp_width=mlp,
         layers=layers,
-        heads=width // 64,
+        heads=max(width // 64, 1),
         activation=activation,  # type: ignore[arg-type]
         projection=projection,
         eos_id=vocabulary - 1,

@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -148,11 +149,11 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands in it twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {name!r} stands in it twice")
+        found[name] = value
     return found
 
 
@@ -166,7 +167,8 @@ def _span(
     if not isinstance(data["dtype"], str) or data["dtype"] not in DTYPES:
         raise ValueError(f"{where} has the unknown dtype {data['dtype']!r}")
     for key in ("shape", "data_offsets"):
-        if not isinstance(data[key], list) or not all(type(n) is int and n >= 0 for n in data[key]):
+        sizes = data[key]
+        if not isinstance(sizes, list) or not all(type(n) is int and 0 <= n < 2**63 for n in sizes):
             raise ValueError(f"{where}.{key} must be a list of sizes, got {data[key]!r:.80}")
     dtype, shape = DTYPES[data["dtype"]], tuple(data["shape"])
     if len(data["data_offsets"]) != 2 or data["data_offsets"][1] > size:
@@ -210,8 +212,8 @@ def _sharded(path: Path, prefer: str) -> Weights:
     entries: dict[str, Entry] = {}
     files: list[Path] = []
     for name in sorted(names):
-        if Path(name).name != name:
-            raise ValueError(f"{path}: a shard must be a file beside it, got {name!r}")
+        if not name or Path(name).name != name or name.endswith(".index.json"):
+            raise ValueError(f"{path}: a shard must be a file of weights beside it, got {name!r}")
         shard = open_weights(path.with_name(name), prefer)
         for key, entry in shard.entries.items():
             if where.get(key) != name:
@@ -277,42 +279,70 @@ def _pickled(path: Path, prefer: str) -> dict[str, Entry]:
     entries = {}
     for name, value in data.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = torch.tensor(value)  # an alpha that was saved as a number
+            value = _number(path, name, value)
         if not isinstance(name, str) or not isinstance(value, Tensor):
             kind = type(value).__name__
             raise ValueError(f"{path}: expected tensors by name, got {name!r} of type {kind}")
+        if trouble := _unreadable(value):
+            raise ValueError(f"{path}: {name} is {trouble}, not a plain tensor in memory")
         entries[name] = Entry(tuple(value.shape), value.dtype, value.detach)
     return entries
 
 
+def _number(path: Path, name: Any, value: int | float) -> Tensor:
+    """An alpha, or a step count, that was saved as a number."""
+    try:
+        return torch.tensor(value)
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{path}: {name!r} is too large a number") from error
+
+
+def _unreadable(value: Tensor) -> str | None:
+    """What makes a tensor one that safetensors cannot hold."""
+    if value.is_nested:
+        return "nested"
+    if value.layout != torch.strided:
+        return str(value.layout).removeprefix("torch.")
+    if value.device.type != "cpu":
+        return f"on the device {value.device}"
+    if value.is_neg() or value.is_conj():
+        return "a lazily negated or conjugated view"
+    return None if value.dtype in _NAMES else f"of {value.dtype}"
+
+
 def _load(path: Path) -> Any:
-    archive = zipfile.is_zipfile(path)
-    if archive:
-        _check_archive(path)
+    archive = _archive(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
+        # torch's own message advises to unpickle blindly: only what it found is repeated.
         text = str(error)
-        if "global" in text.lower() or "unsupported" in text.lower():
+        if found := re.search(r"GLOBAL (\S+)|class (\S+) ", text):
             raise ValueError(
-                f"{path} holds Python objects besides tensors, which would have to be executed; "
-                f"use the safetensors file of the same model, or save its state_dict alone "
-                f"({_first_line(text)})"
+                f"{path} holds Python objects ({found[1] or found[2]}) besides tensors, which "
+                f"would have to be executed; use the safetensors file of the same model, or save "
+                f"its state_dict alone"
             ) from None
-        raise ValueError(f"{path} is no readable file of weights: {_first_line(text)}") from None
+        reason = _first_line(text.rpartition("WeightsUnpickler error:")[2])
+        raise ValueError(f"{path} is no readable file of weights: {reason}") from None
     except Exception as error:  # a damaged pickle or archive can raise anything
         reason = _first_line(str(error)) or type(error).__name__
         raise ValueError(f"{path} is no readable file of weights: {reason}") from None
 
 
-def _check_archive(path: Path) -> None:
-    """TorchScript, and an archive that unpacks to more than it is."""
+def _archive(path: Path) -> bool:
+    """Whether it is a zip archive; ValueError for TorchScript and what unpacks to more than it is.
+
+    Files of torch before 1.6 are none.
+    """
     try:
+        if not zipfile.is_zipfile(path):
+            return False
         with zipfile.ZipFile(path) as file:
             items = file.infolist()
-    except zipfile.BadZipFile as error:
+    except Exception as error:  # a damaged directory can raise anything
         raise ValueError(f"{path} is no readable file of weights: {error}") from None
     if any("/code/" in item.filename for item in items):
         raise ValueError(
@@ -321,6 +351,7 @@ def _check_archive(path: Path) -> None:
         )
     if sum(item.file_size for item in items) > path.stat().st_size:
         raise ValueError(f"{path} is compressed or damaged: torch stores tensors as they are")
+    return True
 
 
 def _first_line(text: str) -> str:

@@ -6,11 +6,12 @@ Parameter names are Hugging Face's CLIPTextModel's (with text_projection beside 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from snoopi.layers.encoder import Activation, EncoderLayer
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class CLIPTextConfig:
     mlp_width: int = 3072
     layers: int = 12
     heads: int = 12
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    activation: Activation = "quick_gelu"
     projection: int | None = None
     eos_id: int = 49407
     masked: ClassVar[bool] = False  # padding is read as text, here and by the backbone
@@ -44,62 +45,6 @@ class CLIPTextOutput(NamedTuple):
     last: Tensor
     penultimate: Tensor
     pooled: Tensor
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """OpenAI CLIP's approximation of GELU."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-class Attention(nn.Module):
-    """Causal self-attention with biases everywhere."""
-
-    def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.q_proj = nn.Linear(config.width, config.width)
-        self.k_proj = nn.Linear(config.width, config.width)
-        self.v_proj = nn.Linear(config.width, config.width)
-        self.out_proj = nn.Linear(config.width, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[b n k] -> [b n k]."""
-        q, k, v = (
-            f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [b h n d]
-            for f in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(z.transpose(1, 2).flatten(-2))  # [b n k]
-
-
-class MLP(nn.Module):
-    """Linear, GELU, Linear."""
-
-    def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
-        self.activation = quick_gelu if config.activation == "quick_gelu" else F.gelu
-        self.fc1 = nn.Linear(config.width, config.mlp_width)
-        self.fc2 = nn.Linear(config.mlp_width, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[b n k] -> [b n k]."""
-        return self.fc2(self.activation(self.fc1(x)))
-
-
-class Layer(nn.Module):
-    """Pre-norm attention and MLP."""
-
-    def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.width)
-        self.self_attn = Attention(config)
-        self.layer_norm2 = nn.LayerNorm(config.width)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[b n k] -> [b n k]."""
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
 
 
 class Embeddings(nn.Module):
@@ -123,7 +68,12 @@ class TextModel(nn.Module):
         super().__init__()
         self.embeddings = Embeddings(config)
         self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.encoder.layers = nn.ModuleList(
+            EncoderLayer(
+                config.width, config.mlp_width, config.heads, config.activation, causal=True
+            )
+            for _ in range(config.layers)
+        )
         self.final_layer_norm = nn.LayerNorm(config.width)
 
     def layers(self) -> list[nn.Module]:

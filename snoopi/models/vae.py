@@ -1,6 +1,6 @@
-"""Autoencoders between pictures and latents: AutoencoderKL, and a fixed linear patch transform.
+"""Autoencoders between pictures and latents: AutoencoderKL, TAESD, a fixed linear patch transform.
 
-Both give encode(pictures) -> scaled latents and decode(latents) -> pictures in [-1, 1]; the scaling
+All give encode(pictures) -> scaled latents and decode(latents) -> pictures in [-1, 1]; the scaling
 factor is inside, so that nothing outside can forget it or apply it twice.
 """
 
@@ -243,3 +243,119 @@ class PatchVAE(nn.Module):
         size = tuple(s * self.config.patch for s in latents.shape[2:])
         x = latents.flatten(2).transpose(1, 2) @ self.to_patch + self.mean  # [b hw 3pp]
         return F.fold(x.transpose(1, 2), size, self.config.patch, stride=self.config.patch)
+
+
+@dataclass(frozen=True)
+class TAESDConfig:
+    """Sizes of a TAESD; the defaults are those of taesd and taesdxl alike.
+
+    scaling: 1.0, since TAESD was trained on scaled latents. encoder_blocks, decoder_blocks: of each
+    level, in forward order.
+    """
+
+    in_channels: int = 3
+    latent_channels: int = 4
+    channels: int = 64
+    encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not len(self.encoder_blocks) == len(self.decoder_blocks) >= 1:
+            raise ValueError(
+                f"encoder_blocks and decoder_blocks need one entry a level, "
+                f"got {self.encoder_blocks} and {self.decoder_blocks}"
+            )
+
+    @property
+    def factor(self) -> int:
+        """Picture pixels per latent pixel."""
+        return 2 ** (len(self.encoder_blocks) - 1)
+
+
+class TinyBlock(nn.Module):
+    """Three convolutions with ReLUs between, plus the input, ReLU."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b c h w] -> [b c h w]."""
+        return F.relu(self.conv(x) + x)
+
+
+class TinyEncoder(nn.Module):
+    """Picture -> latent; a stride-2 convolution begins every level but the first."""
+
+    def __init__(self, config: TAESDConfig) -> None:
+        super().__init__()
+        c = config.channels
+        layers: list[nn.Module] = []
+        for i, blocks in enumerate(config.encoder_blocks):
+            first = nn.Conv2d(config.in_channels, c, 3, padding=1)
+            halve = nn.Conv2d(c, c, 3, stride=2, padding=1, bias=False)
+            layers += [first if i == 0 else halve, *(TinyBlock(c) for _ in range(blocks))]
+        layers.append(nn.Conv2d(c, config.latent_channels, 3, padding=1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pictures [b 3 H W] in [-1, 1] -> [b z h w]; the network itself reads [0, 1]."""
+        return self.layers((x + 1) / 2)
+
+
+class TinyDecoder(nn.Module):
+    """Latent -> picture; nearest-neighbour doubling ends every level but the last."""
+
+    def __init__(self, config: TAESDConfig) -> None:
+        super().__init__()
+        c, last = config.channels, len(config.decoder_blocks) - 1
+        layers: list[nn.Module] = [
+            nn.Conv2d(config.latent_channels, c, 3, padding=1),
+            nn.ReLU(),
+        ]
+        for i, blocks in enumerate(config.decoder_blocks):
+            layers += [TinyBlock(c) for _ in range(blocks)]
+            if i < last:
+                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1, bias=False)]
+        layers.append(nn.Conv2d(c, config.in_channels, 3, padding=1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """[b z h w] -> [b 3 H W] in about [-1, 1]; the latent is squashed to within +-3."""
+        return self.layers(torch.tanh(z / 3) * 3) * 2 - 1
+
+
+class TAESD(nn.Module):
+    """A tiny autoencoder on Stable Diffusion's latents (O. Boer Bohan's TAESD and TAESDXL).
+
+    Parameter names are diffusers' AutoencoderTiny's. The interface is VAE's, without randomness.
+    """
+
+    def __init__(self, config: TAESDConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = TinyEncoder(config)
+        self.decoder = TinyDecoder(config)
+
+    def blocks(self) -> list[nn.Module]:
+        """What FSDP2 shards one by one."""
+        return [m for m in self.modules() if isinstance(m, TinyBlock)]
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Reconstructions [b 3 H W] of pictures."""
+        return self.decode(self.encode(pictures))
+
+    def encode(self, pictures: Tensor, eps: Tensor | None = None) -> Tensor:
+        """Pictures [b 3 H W] in [-1, 1] -> latents [b z h w], scaled (eps is ignored)."""
+        return self.encoder(pictures) * self.config.scaling
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents [b z h w] -> pictures [b 3 H W] in about [-1, 1]."""
+        return self.decoder(latents / self.config.scaling)

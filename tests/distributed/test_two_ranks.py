@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from snoopi import parallel, runstate
+from snoopi.models.clip_vision import CLIPVision, CLIPVisionConfig
 from snoopi.runstate import OptimizerState, RunStateError
 
 pytestmark = pytest.mark.distributed
@@ -316,6 +317,24 @@ def test_sharding_at_one_rank_saves_what_an_unsharded_run_loads(tmp_path: Path) 
     net, optimizer = build()
     assert runstate.load_latest(tmp_path, state(net, optimizer)) == STEPS
     assert_equal_runs(whole(net, optimizer), expected, 0)
+
+
+def test_a_frozen_scalar_is_kept_whole(tmp_path: Path) -> None:
+    config = CLIPVisionConfig(
+        width=16, mlp_width=24, layers=2, heads=2, patch=4, image_size=8, projection=6
+    )
+    torch.manual_seed(0)
+    plain = CLIPVision(config).eval()
+    pictures = torch.rand(2, 3, 8, 8)
+    with parallel.session("cpu", group=True):
+        with pytest.raises(ValueError, match="a scalar of CLIPVision cannot be sharded: freeze it"):
+            parallel.shard(CLIPVision(config), [], policy="always")
+        net = CLIPVision(config).eval().requires_grad_(False)
+        net.load_state_dict(plain.state_dict())
+        parallel.shard(net, net.blocks(), policy="always")
+        assert isinstance(net.visual_projection.weight, DTensor)
+        assert not isinstance(net.logit_scale, DTensor)
+        assert torch.equal(net(pictures).pooled, plain(pictures).pooled)
 
 
 WORKS = [train_in_three_ways, save_on_two, load_on_two, bf16, checkpointed, small_things]

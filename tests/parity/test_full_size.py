@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from oracle import randn
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,6 +25,8 @@ from torch import Tensor, nn
 import snoopi
 from snoopi.conditioning import Conditioning
 from snoopi.tokenize import Tokenizer
+from tests.parity import oracle
+from tests.parity.oracle import randn
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = (
     {"ops", "noise", "errors"},
-    {"guidance", "lora", "schedule", "pictures", "plots"},
+    {"guidance", "lora", "schedule", "pictures", "preprocess", "plots"},
     {"conditioning", "page"},
     {"layers"},
     {"models"},
