@@ -324,6 +324,16 @@ def test_pictures_equal_diffusers(both: tuple[str, Pair]) -> None:
     matrix.record(name, "whole run", max(oracle.errors(got, want)))
 
 
+@pytest.mark.parametrize("size", [(6, 10), (16, 8)])
+def test_other_sizes_equal_diffusers(both: tuple[str, Pair], size: tuple[int, int]) -> None:
+    """SDXL and PixArt-1024 are told the size of the picture."""
+    name, (ours, theirs) = both[0], with_sampler(both[1], "ddim")
+    z = randn(1, 4, *size, seed=42)
+    want = their_latents(name, theirs, z, ["a dog"], 4.0)
+    got = ours.latents(PROMPTS[:1], z, ["a dog"], guidance="cfg", scale=4.0, steps=4)
+    oracle.close(f"{name} {size} latents", got, want)
+
+
 def test_a_mixed_batch_is_its_rows(both: tuple[str, Pair]) -> None:
     """A row without a negative runs with the null text, whatever the other rows have."""
     name, (ours, _) = both

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import snoopi
 from snoopi import pipeline as pipeline_module
 from snoopi import zoo
+from snoopi.conditioning import Conditioning
 from snoopi.models.vae import PatchVAE
 from snoopi.noise import Noise
 from snoopi.pipeline import Pipeline, shipped, shipped_or_path
@@ -305,7 +306,7 @@ def test_pixart_1024_is_told_its_size() -> None:
     spec = dataclasses.replace(
         zoo.preset("shapes_dit"), backbone=zoo.preset("pixart-1024").backbone, latent_size=128
     )
-    sizes = Pipeline(spec)._sizes(2)
+    sizes = Pipeline(spec)._sized(Conditioning(torch.zeros(2, 3, 4)), (128, 64)).size_ids
     side = 128.0 * spec.vae.factor
     assert sizes is not None and sizes.is_floating_point()
-    assert sizes.tolist() == [[side, side, 1.0]] * 2
+    assert sizes.tolist() == [[side, side / 2, 2.0]] * 2
