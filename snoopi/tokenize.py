@@ -172,15 +172,17 @@ def _least(hf: HFTokenizer) -> int:
 
 def _cut_line(text: str, row: Any, length: int) -> str:
     """What a prompt of more tokens than `length` loses."""
-    last = max(end for _, end in row.offsets)
-    lost = sum(
-        read and not special
+    lost = [
+        start
         for part in row.overflowing
-        for read, special in zip(part.attention_mask, part.special_tokens_mask, strict=True)
-    )
-    words = " ".join(text[last:].split())
+        for (start, _), read, special in zip(
+            part.offsets, part.attention_mask, part.special_tokens_mask, strict=True
+        )
+        if read and not special
+    ]
+    words = " ".join(text[min(lost) :].split())
     words = words if len(words) <= 60 else words[:57] + "..."
-    count = f"{lost} token" + "s" * (lost != 1)
+    count = f"{len(lost)} token" + "s" * (len(lost) != 1)
     return f"the prompt is longer than {length} tokens: its end is not read ({count}: {words!r})"
 
 
