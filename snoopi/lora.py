@@ -108,21 +108,28 @@ def _matches(name: str, target: str) -> bool:
 
 
 def _adopt(layer: nn.Module, name: str, rank: int, multiplier: float, noise: Noise) -> None:
-    """Turn a layer into its LoRA class in place, so that names, hooks and parents stay."""
+    """Give a layer a random first factor and a second one of zeros."""
     weight: nn.Parameter = layer.weight  # type: ignore[assignment]
-    if isinstance(layer, nn.Conv2d):
-        if layer.groups != 1 or layer.padding_mode != "zeros":
-            raise ValueError(f"LoRA on {name}: only plain zero-padded convolutions are supported")
-        layer.__class__ = LoRAConv2d
-        shape_b: tuple[int, ...] = (weight.shape[0], rank, 1, 1)
-    else:
-        layer.__class__ = LoRALinear
-        shape_b = (weight.shape[0], rank)
     shape_a = (rank, *weight.shape[1:])
+    shape_b = (weight.shape[0], rank, *(1 for _ in weight.shape[2:]))
     bound = 1 / math.sqrt(math.prod(shape_a[1:]))  # kaiming_uniform_ with a = sqrt(5)
     init = noise.uniform(f"init {name}", 0, [0], -bound, bound, shape_a)[0]
-    layer.lora_a = nn.Parameter(init.to(weight.device, torch.float32))
-    layer.lora_b = nn.Parameter(torch.zeros(shape_b, device=weight.device))
+    a = init.to(weight.device, torch.float32)
+    attach(layer, name, a, torch.zeros(shape_b, device=weight.device), multiplier)
+
+
+def attach(layer: nn.Module, name: str, a: Tensor, b: Tensor, multiplier: float) -> None:
+    """Turn a Linear or Conv2d into its LoRA class in place, so that names, hooks and parents stay.
+
+    a [r in ...], b [out r ...]: the factors, in the shape of LoRALinear's or LoRAConv2d's. name:
+    for the errors alone. ValueError: a grouped convolution, or a layer that has an adapter already.
+    """
+    if type(layer) not in (nn.Linear, nn.Conv2d):
+        raise ValueError(f"LoRA on {name}: {type(layer).__name__} is no bare Linear or Conv2d")
+    if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
+        raise ValueError(f"LoRA on {name}: only plain zero-padded convolutions are supported")
+    layer.__class__ = LoRAConv2d if isinstance(layer, nn.Conv2d) else LoRALinear
+    layer.lora_a, layer.lora_b = nn.Parameter(a), nn.Parameter(b)
     vars(layer).update(multiplier=multiplier, first_row=0)
 
 

@@ -97,9 +97,12 @@ class Values:
     def fill(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """A parameter: matrices keep the size of what they act on, norms are near one."""
         count = shape.numel()
-        self.start = (self.start + 7_919_317) % 2**25
-        turned = torch.cat([self.block[self.start :], self.block[: self.start]])
-        values = turned.repeat(-(-count // len(turned)))[:count].view(shape)
+        size = len(self.block)
+        self.start = (self.start + 7_919_317) % max(size - count, 1)
+        values = self.block[self.start : self.start + count]
+        if count > size:  # T5's embedding
+            values = self.block.repeat(-(-count // size))[:count]
+        values = values.view(shape)
         if len(shape) > 1:
             scale = 1.0 if "embed" in name and len(shape) == 2 else shape[1:].numel() ** -0.5
             return (values * scale).to(dtype)
@@ -186,6 +189,7 @@ def folder(path: Path, name: str, dtype: torch.dtype) -> Path:
     parts = {backbone: ["diffusers", type(net).__name__], "vae": ["diffusers", "AutoencoderKL"]}
     for i, (part, (kind, config)) in enumerate(texts.items()):
         # T5-XXL is 19 GB in fp32: bf16, as everybody runs it on a machine of 24 GB.
+        config.architectures = [kind.__name__]
         with torch.device("meta"):
             encoder = kind(config)
         write(path / part, encoder, torch.bfloat16 if "T5" in kind.__name__ else dtype, "model")
