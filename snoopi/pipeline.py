@@ -291,7 +291,10 @@ class Pipeline:
             mask = mask if read is None else read
             pooled = out.pooled if text.pooled else pooled
         native = (self.spec.latent_size, self.spec.latent_size)
-        return self._sized(Conditioning(torch.cat(features, dim=-1), mask, pooled), native)
+        tokens = torch.cat(features, dim=-1)
+        if self.backbone is not None:  # T5-XXL may be stored in bf16 beside an fp32 backbone
+            tokens = tokens.to(self._dtype(self.backbone))
+        return self._sized(Conditioning(tokens, mask, pooled), native)
 
     def _sized(self, cond: Conditioning, latent: Sequence[int]) -> Conditioning:
         """With the size ids [b 6] or [b 3] of a whole picture of latent (h, w), if any are read."""
