@@ -219,6 +219,16 @@ def test_tcd_at_other_etas(eta: float, steps: int) -> None:
     same(f"tcd eta {eta}", got, their_run(scheduler, z, eta=eta))
 
 
+@pytest.mark.parametrize("prediction", NAMES)
+def test_lcm_near_the_boundary(prediction: str) -> None:
+    """c_skip is below 1e-5 at all of LCM's own times, 2.5e-3 at t = 1, and 1 at t = 0."""
+    scheduler, times = scheduler_of("LCMScheduler", SDXL, prediction), [9, 2, 1, 0]
+    scheduler.set_timesteps(timesteps=times)
+    z = randn(*SHAPE)
+    got = our_run(by_name("lcm", schedule_of(SD, prediction)), z, times=times)
+    same(f"lcm {prediction}", got, their_run(scheduler, z), "sampler lcm")
+
+
 @pytest.mark.parametrize("steps", STEPS)
 def test_flow_equals_diffusers_flow_matching(steps: int) -> None:
     """Its velocity points to the noise, InstaFlow's to the picture."""
