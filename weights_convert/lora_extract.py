@@ -154,6 +154,7 @@ def _extract_part(
     part: str, ours: Mapping[str, Entry], theirs: Mapping[str, Entry], result: Extraction
 ) -> None:
     shapes = Modules(result.spec, part).shapes
+    factors: dict[str, Factor] = {}
     for name, entry in ours.items():
         module, kind = name.rpartition(".")[::2]
         held = kind == "weight" and module in shapes
@@ -161,12 +162,13 @@ def _extract_part(
         if difference is None:
             result.equal[part] = result.equal.get(part, 0) + held
         elif held:
-            factor, kept, total = _low_rank(difference, result.ranks)
-            result.parts.setdefault(part, {})[module] = factor
-            found = Module(part, module, entry.shape, factor.rank, kept, total)
-            result.modules.append(found)
+            factors[module], kept, total = _low_rank(difference, result.ranks)
+            rank = factors[module].rank
+            result.modules.append(Module(part, module, entry.shape, rank, kept, total))
         else:
             result.unheld[f"{part}.{name}"] = float(difference.double().norm())
+    if factors:  # in the network's order, not the file's
+        result.parts[part] = {name: factors[name] for name in shapes if name in factors}
 
 
 def _difference(name: str, ours: Entry, theirs: Entry) -> Tensor | None:
