@@ -85,6 +85,8 @@ def extract(
     """
     if rank < 1:
         raise ValueError(f"the rank must be at least 1, got {rank}")
+    folders = [str(path) for path in (base, tuned) if (Path(path) / SPEC_FILE).is_file()]
+    arch = arch or next(iter(folders), None)  # a model folder tells what the other one is
     spec, ours = _open(Path(base), arch)
     _, theirs = _open(Path(tuned), arch)
     result = Extraction(spec, (*(2**i for i in range((rank - 1).bit_length())), rank))

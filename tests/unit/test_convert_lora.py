@@ -691,7 +691,7 @@ def test_extracting_from_bare_files(tmp_path: Path) -> None:
     change = factor(UNET, CONV, 1, 1.0, "backbone").delta(tuple(weights[f"{CONV}.weight"].shape))
     weights[f"{CONV}.weight"] += change
     path = saved(tmp_path / "unet.safetensors", weights)
-    result = extract(base, path, rank=2, arch=str(base))
+    result = extract(base, path, rank=2)
     assert [m.name for m in result.modules] == [CONV] and result.modules[0].rank >= 1
     assert result.energy() == pytest.approx([1, 1], abs=1e-6)
     assert result.notes == ["not compared: text_encoder"]
