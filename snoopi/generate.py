@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 
 from snoopi.pictures import save_png
 from snoopi.pipeline import MODES, Pipeline, load, shipped_or_path
+from snoopi.tokenize import PromptCut
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -39,18 +41,20 @@ def _generate(options: argparse.Namespace) -> None:
         raise ValueError("--device cuda: this machine has no CUDA device")
     size = _size(options.size)
     pipeline = load(shipped_or_path(options.model), options.device, DTYPES.get(options.dtype or ""))
-    _warn_unknown(pipeline, [options.prompt, options.negative or ""])
+    _warn_about_words(pipeline, [options.prompt, options.negative or ""])
     started = time.monotonic()
-    pictures = pipeline(
-        options.prompt,
-        options.negative,
-        guidance=options.guidance,
-        scale=options.scale,
-        steps=options.steps,
-        seed=options.seed,
-        num=options.num,
-        size=size,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PromptCut)  # said above, on one line
+        pictures = pipeline(
+            options.prompt,
+            options.negative,
+            guidance=options.guidance,
+            scale=options.scale,
+            steps=options.steps,
+            seed=options.seed,
+            num=options.num,
+            size=size,
+        )
     seconds = time.monotonic() - started
     for path, picture in zip(_names(options.out, options.num), pictures, strict=True):
         save_png(picture, path)
@@ -58,12 +62,20 @@ def _generate(options: argparse.Namespace) -> None:
     print(f"{len(pictures)} in {seconds:.2f} s")
 
 
-def _warn_unknown(pipeline: Pipeline, texts: Sequence[str]) -> None:
-    """Say which words a small vocabulary lacks: they would be read as one unknown word."""
-    for tokenizer in pipeline.tokenizers:
-        words = [w for text in texts if tokenizer for w in tokenizer.unknown(text)]
-        if words:
-            print(f"snoopi.generate: not in the vocabulary: {', '.join(words)}", file=sys.stderr)
+def _warn_about_words(pipeline: Pipeline, texts: Sequence[str]) -> None:
+    """Say which words are not read as such: unknown to a small vocabulary, or after the last token.
+
+    Two tokenizers may say the same; it is printed once.
+    """
+    lines: list[str | None] = []
+    for spec, tokenizer in zip(pipeline.spec.text, pipeline.tokenizers, strict=True):
+        if tokenizer is not None:
+            prompts = [spec.prepare(text) for text in texts]
+            if words := [w for prompt in prompts for w in tokenizer.unknown(prompt)]:
+                lines.append(f"not in the vocabulary: {', '.join(words)}")
+            lines += map(tokenizer.cut, prompts)
+    for line in dict.fromkeys(filter(None, lines)):
+        print(f"snoopi.generate: {line}", file=sys.stderr)
 
 
 def _names(out: Path, num: int) -> list[Path]:

@@ -28,7 +28,7 @@ from snoopi.errors import writing
 from snoopi.guidance import NAG, NASA, VSF, Guidance, cfg
 from snoopi.noise import Noise
 from snoopi.pictures import to_uint8
-from snoopi.samplers import ddim, one_step
+from snoopi.samplers import one_step, sample
 from snoopi.tokenize import Tokenizer
 from snoopi.zoo import ModelSpec, TextSpec, ToolSpec, build, text_part
 
@@ -108,7 +108,7 @@ class Pipeline:
         "embed-sub" (subtract text embeddings), "cfg" (of the model's outputs, every step) or
         "none". A multi-step model runs under CFG at its own kappa besides, but for "none".
         scale: its strength; for "cfg" it is kappa (1 = off). None: the model's default.
-        steps: None is one step for a one-step model, else the model's default with DDIM.
+        steps: None is the recipe's of a one-step model (mostly one), else the model's default.
         size: (height, width) in pixels. Picture i of a prompt uses noise i of `seed`, whatever
         the batch. Raises ValueError for what it cannot do.
         """
@@ -126,7 +126,11 @@ class Pipeline:
         negatives = [n for n in negatives for _ in range(num)]
         indices = [i % num for i in range(len(prompts))]
         z = self.noise(seed, indices, size)
-        x = self.pictures(prompts, z, negatives, guidance, scale, steps)
+
+        def noise(step: int) -> Tensor:
+            return Noise(seed).normal("sampler", step, indices, tuple(z.shape[1:])).to(z)
+
+        x = self.pictures(prompts, z, negatives, guidance, scale, steps, noise)
         return [Image.fromarray(row) for row in to_uint8(x)]
 
     def noise(
@@ -149,11 +153,15 @@ class Pipeline:
         guidance: str = "nasa",
         scale: float | None = None,
         steps: int | None = None,
+        noise: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
-        """Pictures [b 3 H W] in [-1, 1] from prompts and starting noise z [b c h w]."""
+        """Pictures [b 3 H W] in [-1, 1] from prompts and starting noise z [b c h w].
+
+        noise(i): fresh N(0, 1) in z's shape for step i of a sampler that adds noise.
+        """
         self._complete()
         assert self.vae is not None
-        x0 = self.latents(prompts, z, negatives, guidance, scale, steps)
+        x0 = self.latents(prompts, z, negatives, guidance, scale, steps, noise)
         return self.vae.decode(x0.to(self._dtype(self.vae))).float().clamp(-1, 1)
 
     @torch.no_grad()
@@ -165,8 +173,9 @@ class Pipeline:
         guidance: str = "nasa",
         scale: float | None = None,
         steps: int | None = None,
+        noise: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
-        """Clean latents [b c h w] from prompts and starting noise."""
+        """Clean latents [b c h w] from prompts and starting noise; noise as in `pictures`."""
         if guidance not in MODES:
             raise ValueError(f"guidance must be one of {', '.join(MODES)}, got {guidance!r}")
         if not prompts:
@@ -178,14 +187,14 @@ class Pipeline:
         negatives = list(negatives or [None] * len(prompts))
         null, kappa = None, scale if guidance == "cfg" else self.spec.kappa
         if guidance == "cfg" and scale != 1:
-            null = self.encode([n or "" for n in negatives]) if any(negatives) else self.null()
+            null = self._unconditional(negatives)
         elif guidance in self._over_cfg():
             null = self.null()
         cond = self.condition(prompts, negatives, guidance, scale)
         backbone = self.backbone
         assert backbone is not None
         z = z.to(next(backbone.parameters()).device)
-        return self._sample(cond, z, null, kappa, steps)
+        return self._sample(cond, z, null, kappa, steps, noise)
 
     def _over_cfg(self) -> tuple[str, ...]:
         """Guidances under which the model runs with CFG besides: a multi-step model needs it."""
@@ -198,20 +207,38 @@ class Pipeline:
         null: Conditioning | None,
         kappa: float,
         steps: int | None,
+        noise: Callable[[int], Tensor] | None,
     ) -> Tensor:
+        """x0 by the spec's recipe, or its multi-step sampler."""
         backbone, schedule, recipe = self.backbone, self.spec.schedule, self.spec.one_step
         assert backbone is not None
 
         def call(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
             return backbone(x.to(self._dtype(backbone)), t, cond)
 
-        if recipe is None or (steps or 1) > 1:
-            steps = steps or self.spec.steps
-            return ddim(call, schedule, z, cond, steps=steps, null=null, kappa=kappa)
-        x0 = one_step(call, schedule, z, cond, recipe.t)
+        def run(name: str, steps: int, **more: Any) -> Tensor:
+            return sample(
+                name, call, schedule, z, cond, steps=steps, null=null, kappa=kappa, noise=noise,
+                **more,
+            )  # fmt: skip
+
+        if recipe is None:
+            return run(self.spec.sampler, steps or self.spec.steps)
+        if recipe.guidance is not None:
+            width = torch.full((len(z),), 1000 * (recipe.guidance - 1), device=z.device)
+            cond = dataclasses.replace(cond, guidance_embed=width)
+        steps = steps or recipe.steps
+        if recipe.sampler:
+            times = recipe.times if len(recipe.times) == steps else None
+            more = {"eta": recipe.eta} if recipe.sampler == "tcd" else {}
+            return run(recipe.sampler, steps, times=times, **more)
+        if steps > 1:
+            return run("ddim", steps)
+        x0 = one_step(call, schedule, z, cond, recipe.t, recipe.abar)
         if null is None:
             return x0
-        return cfg(x0, one_step(call, schedule, z, null.expand(len(z)), recipe.t), kappa)
+        away = one_step(call, schedule, z, null.expand(len(z)), recipe.t, recipe.abar)
+        return cfg(x0, away, kappa)
 
     def condition(
         self,
@@ -274,6 +301,21 @@ class Pipeline:
         zeros = None if null.pooled is None else torch.zeros_like(null.pooled)
         return dataclasses.replace(null, tokens=torch.zeros_like(null.tokens), pooled=zeros)
 
+    def _unconditional(self, negatives: Sequence[str | None]) -> Conditioning:
+        """What CFG leads away from: each prompt's negative, the null text where it has none."""
+        if not any(negatives):
+            return self.null()
+        texts = self.encode([n or "" for n in negatives])
+        if self.spec.null == "encoded" or all(negatives):
+            return texts
+        null = self.null()
+        used = torch.tensor([bool(n) for n in negatives], device=texts.tokens.device)
+        tokens = torch.where(used[:, None, None], texts.tokens, null.tokens)
+        pooled = texts.pooled
+        if pooled is not None and null.pooled is not None:
+            pooled = torch.where(used[:, None], pooled, null.pooled)
+        return dataclasses.replace(texts, tokens=tokens, pooled=pooled)
+
     def _default_scale(self, guidance: str) -> float:
         if guidance == "cfg" and self.spec.one_step is None:
             return self.spec.kappa
@@ -326,7 +368,7 @@ def read_text(
     The mask is None where padding is read as text (CLIP); else the encoder was given it, too.
     """
     device = next(encoder.parameters()).device
-    ids, mask = (x.to(device) for x in tokenizer(prompts))
+    ids, mask = (x.to(device) for x in tokenizer([text.prepare(p) for p in prompts]))
     return (encoder(ids, mask), mask) if text.config.masked else (encoder(ids), None)
 
 

@@ -18,11 +18,16 @@ from tokenizers.models import BPE, Unigram, WordLevel
 from torch import Tensor
 
 FILE = "tokenizer.json"
+_LONGEST = 100_000  # tokens; more is a broken file
 _VOCABULARY = Path(__file__).parent / "vocab" / "bpe_simple_vocab_16e6.txt.gz"
 _MERGES = 48_894  # lines 1 to this of that file; the rest was never used
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 # CLIP's words: contractions, runs of letters, single digits, runs of anything else.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class PromptCut(UserWarning):
+    """A prompt is longer than the tokenizer's length: its end is not read."""
 
 
 class Tokenizer:
@@ -33,18 +38,28 @@ class Tokenizer:
             raise ValueError(f"{FILE} must hold its padding and truncation (a fixed length)")
         self.tokenizer = tokenizer
         self.max_length: int = tokenizer.truncation["max_length"]
+        padding, least = tokenizer.padding, _least(tokenizer)
+        if padding["length"] != self.max_length or not least <= self.max_length <= _LONGEST:
+            raise ValueError(
+                f"{FILE} must pad and cut to one length from {least} to {_LONGEST}, got "
+                f"{padding['length']} and {self.max_length}"
+            )
+        if tokenizer.id_to_token(padding["pad_id"]) is None:
+            raise ValueError(f"{FILE}: the padding id {padding['pad_id']} is not in its vocabulary")
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """ids int64 [b n] and mask bool [b n], True = a token of the prompt (bos and eos too).
 
-        Warns once for each prompt that is longer than `max_length`, with the words that are lost.
+        Warns once (PromptCut) if prompts are longer than `max_length`, with what is lost.
         """
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"the tokenizer takes a list of strings, got {texts!r}")
         rows = self.tokenizer.encode_batch(list(texts))
-        for text, row in dict(zip(texts, rows, strict=True)).items():
-            if row.overflowing:
-                warnings.warn(_cut_line(text, row, self.max_length), stacklevel=2)
+        cut = {text: row for text, row in zip(texts, rows, strict=True) if row.overflowing}
+        if cut:
+            line = _cut_line(*next(iter(cut.items())), self.max_length)
+            more = f" (and {len(cut) - 1} more of these prompts)" if len(cut) > 1 else ""
+            warnings.warn(line + more, PromptCut, stacklevel=2)
         ids = torch.tensor([row.ids for row in rows], dtype=torch.int64)
         mask = torch.tensor([row.attention_mask for row in rows], dtype=torch.bool)
         return ids.view(len(rows), self.max_length), mask.view(len(rows), self.max_length)
@@ -60,6 +75,11 @@ class Tokenizer:
         row = self.tokenizer.encode(text)
         unk = self.tokenizer.token_to_id("<unk>")
         return [text[a:b] for i, (a, b) in zip(row.ids, row.offsets, strict=True) if i == unk]
+
+    def cut(self, text: str) -> str | None:
+        """The line that says what a prompt loses for its length; None if it fits."""
+        row = self.tokenizer.encode(text)
+        return _cut_line(text, row, self.max_length) if row.overflowing else None
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json into an existing folder."""
@@ -137,20 +157,33 @@ def clean(text: str) -> str:
 
 
 def _fixed(hf: HFTokenizer, length: int, pad_id: int) -> HFTokenizer:
-    if not 1 <= length <= 100_000:
-        raise ValueError(f"a tokenizer's length must be from 1 to 100000, got {length}")
+    least = _least(hf)
+    if not least <= length <= _LONGEST:
+        raise ValueError(f"a tokenizer's length must be from {least} to {_LONGEST}, got {length}")
     hf.enable_truncation(length)
     hf.enable_padding(length=length, pad_id=pad_id, pad_token=hf.id_to_token(pad_id))
     return hf
 
 
+def _least(hf: HFTokenizer) -> int:
+    """The shortest length: bos and eos are never cut."""
+    return max(1, hf.num_special_tokens_to_add(False))
+
+
 def _cut_line(text: str, row: Any, length: int) -> str:
     """What a prompt of more tokens than `length` loses."""
-    last = max(end for _, end in row.offsets)
-    lost = sum(len(set(part.offsets) - {(0, 0)}) for part in row.overflowing)
-    words = " ".join(text[last:].split())
+    lost = [
+        start
+        for part in row.overflowing
+        for (start, _), read, special in zip(
+            part.offsets, part.attention_mask, part.special_tokens_mask, strict=True
+        )
+        if read and not special
+    ]
+    words = " ".join(text[min(lost) :].split())
     words = words if len(words) <= 60 else words[:57] + "..."
-    return f"the prompt is longer than {length} tokens: the last {lost} are cut: {words!r}"
+    count = f"{len(lost)} token" + "s" * (len(lost) != 1)
+    return f"the prompt is longer than {length} tokens: its end is not read ({count}: {words!r})"
 
 
 def _parse(path: Path) -> HFTokenizer:
@@ -217,6 +250,8 @@ def _clip_files(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     vocabulary = _json(folder / "vocab.json")
     if not all(type(i) is int for i in vocabulary.values()):
         raise ValueError(f"{folder / 'vocab.json'} must map tokens to ids")
+    if set(vocabulary.values()) != set(range(len(vocabulary))):
+        raise ValueError(f"{folder / 'vocab.json'} must number its {len(vocabulary)} tokens from 0")
     try:
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         merges = [_pair(line) for line in lines if line and not line.startswith("#version")]
@@ -274,7 +309,10 @@ def _t5(path: Path) -> HFTokenizer:
         Unigram([*pieces, *((name, 0.0) for name in extra)], unk_id=2, byte_fallback=False)
     )
     if charsmap:
-        hf.normalizer = normalizers.Precompiled(charsmap)
+        try:
+            hf.normalizer = normalizers.Precompiled(charsmap)
+        except Exception as error:  # the tokenizers package raises bare Exception
+            raise ValueError(f"{path}: its normalisation table is broken: {error}") from error
     hf.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.WhitespaceSplit(),
@@ -294,7 +332,7 @@ def _sentencepiece(path: Path) -> tuple[list[tuple[str, float]], bytes]:
 
     A protobuf message: field 1 repeated {1: text, 2: score}, field 3 {2: charsmap}.
     """
-    pieces, charsmap = [], b""
+    pieces, charsmap, last = [], b"", 0
     try:
         for number, value in _fields(path.read_bytes()):
             if number == 1 and isinstance(value, bytes):
@@ -303,10 +341,13 @@ def _sentencepiece(path: Path) -> tuple[list[tuple[str, float]], bytes]:
                 pieces.append((piece[1].decode(), score))
             elif number == 3 and isinstance(value, bytes):
                 charsmap = dict(_fields(value)).get(2, b"")
+            last = max(last, number)
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ValueError(f"{path} is not a whole sentencepiece model: {error!r}") from error
     if not pieces:
         raise ValueError(f"{path} is not a sentencepiece model: it holds no piece")
+    if last < 3:  # cut between two fields
+        raise ValueError(f"{path} is not a whole sentencepiece model: it holds no normaliser")
     return pieces, charsmap
 
 

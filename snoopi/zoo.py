@@ -26,22 +26,45 @@ from snoopi.models.vae import TAESD, VAE, PatchVAE, PatchVAEConfig, TAESDConfig,
 from snoopi.models.vgg import VGG, VGGConfig
 from snoopi.schedule import Schedule
 
+# Of a field that snoopi.json files written before it lack: they mean its default.
+_ADDED = {"added": True}
+
 
 @dataclass(frozen=True)
 class TextSpec:
-    """One text encoder, which of its outputs the backbone reads, and the padding id."""
+    """One text encoder, which of its outputs the backbone reads, and the padding id.
+
+    lower: prompts are lowercased and stripped first, as PixArt's were in training.
+    """
 
     config: CLIPTextConfig | T5Config
     output: Literal["last", "penultimate"] = "last"
     pooled: bool = False
     pad_id: int = 49407
+    lower: bool = field(default=False, metadata=_ADDED)
+
+    def prepare(self, prompt: str) -> str:
+        """The prompt as the tokenizer gets it."""
+        return prompt.lower().strip() if self.lower else prompt
 
 
 @dataclass(frozen=True)
 class OneStep:
-    """How a one-step model is called: on z ~ N(0, I) at timestep t, then x0 by the schedule."""
+    """How a one-step model is called: on z ~ N(0, I) at timestep t, then x0 by the schedule.
+
+    sampler: one of samplers.SAMPLERS in place of that one call, and for more than one step.
+    steps: how many when the caller does not say. times: the sampler's timesteps at that number of
+    steps, empty for its own. abar: alpha_t^2 of the one call in place of the schedule's. eta: of
+    TCD. guidance: LCM's, for networks that read it as guidance_embed.
+    """
 
     t: int = 999
+    sampler: str = field(default="", metadata=_ADDED)
+    steps: int = field(default=1, metadata=_ADDED)
+    times: tuple[int, ...] = field(default=(), metadata=_ADDED)
+    abar: float | None = field(default=None, metadata=_ADDED)
+    eta: float = field(default=1.0, metadata=_ADDED)
+    guidance: float | None = field(default=None, metadata=_ADDED)
 
 
 @dataclass(frozen=True)
@@ -49,8 +72,8 @@ class ModelSpec:
     """Everything about a model but its weights.
 
     latent_size: latent pixels a side of its native picture. null: the unconditional text, the
-    encoded empty prompt or zeros. one_step: None for a multi-step model. steps, kappa: the defaults
-    of a multi-step call. strengths: default strength per guidance.
+    encoded empty prompt or zeros. one_step: None for a multi-step model. steps, kappa, sampler:
+    the defaults of a multi-step call. strengths: default strength per guidance.
     """
 
     arch: str
@@ -63,6 +86,7 @@ class ModelSpec:
     one_step: OneStep | None = None
     steps: int = 25
     kappa: float = 7.5
+    sampler: str = field(default="ddim", metadata=_ADDED)
     strengths: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -144,9 +168,21 @@ _SDXL_UNET = UNetConfig(
     pooled_width=1280,
 )
 _V = Schedule(prediction="v")
-_SD15 = ModelSpec("sd15", _SD15_UNET, VAEConfig(), (TextSpec(_CLIP_L),), strengths={"nasa": 0.04})
+_SD15 = ModelSpec(
+    "sd15",
+    _SD15_UNET,
+    VAEConfig(),
+    (TextSpec(_CLIP_L),),
+    sampler="pndm",
+    strengths={"nasa": 0.04},
+)
 _SD21 = ModelSpec(
-    "sd21", _SD21_UNET, VAEConfig(), (TextSpec(_CLIP_H, pad_id=0),), strengths={"nasa": 0.3}
+    "sd21",
+    _SD21_UNET,
+    VAEConfig(),
+    (TextSpec(_CLIP_H, pad_id=0),),
+    sampler="pndm",
+    strengths={"nasa": 0.3},
 )
 _SDXL = ModelSpec(
     "sdxl",
@@ -158,6 +194,7 @@ _SDXL = ModelSpec(
     ),
     latent_size=128,
     null="zeros",
+    sampler="euler-leading",
     strengths={"nasa": 0.5},
 )
 _LINEAR = Schedule("linear", 1e-4, 0.02)
@@ -165,11 +202,12 @@ _PIXART = ModelSpec(
     "pixart-256",
     DiTConfig(sample_size=32),
     VAEConfig(),
-    (TextSpec(T5Config(), pad_id=0),),
+    (TextSpec(T5Config(), pad_id=0, lower=True),),
     schedule=_LINEAR,
     latent_size=32,
     steps=20,
     kappa=4.5,
+    sampler="dpm++",
     strengths={"nasa": 0.8},
 )
 # The shapes world: 32 x 32 pictures, 8 x 8 latents; the world's tokenizer sets the text sizes.
@@ -249,23 +287,80 @@ _DEBUG = dataclasses.replace(
     ),
 )
 
+_PIXART_512 = dataclasses.replace(_PIXART, arch="pixart-512", backbone=DiTConfig(), latent_size=64)
+_PIXART_1024 = dataclasses.replace(
+    _PIXART,
+    arch="pixart-1024",
+    backbone=DiTConfig(sample_size=128, interpolation=2.0, size_embed=True),
+    latent_size=128,
+)
+_LCM_SDXL = dataclasses.replace(_SDXL, backbone=dataclasses.replace(_SDXL_UNET, guidance_width=256))
+_LCM_SD15 = dataclasses.replace(_SD15, backbone=dataclasses.replace(_SD15_UNET, guidance_width=256))
+_SDXL_512 = dataclasses.replace(_SDXL, latent_size=64)
+_X0 = Schedule(prediction="x0")
+_ROUNDED = 0.0047  # abar_999 as SwiftBrush's and DMD2's code has it; exactly it is 0.00466
+_DMD2_TIMES = (999, 749, 499, 249)
+_LCM = OneStep(sampler="lcm", steps=4)
+
+# One- and few-step models: what they were distilled from, how they are called, NASA's strength
+# (SNOOPI Tab. 8; 0.5 as in its Tab. 3 and 7 where it has none), and what else differs.
+RECIPES: dict[str, tuple[ModelSpec, OneStep, float, Mapping[str, Any]]] = {
+    "swiftbrush": (_SD21, OneStep(abar=_ROUNDED), 0.3, {}),
+    "sbv2": (_SD21, OneStep(), 0.3, {}),
+    "sd-turbo": (_SD21, OneStep(sampler="euler"), 0.3, {}),
+    "sdxl-turbo": (_SDXL_512, OneStep(sampler="euler-ancestral"), 0.5, {}),
+    "dmd-pixart": (_PIXART_512, OneStep(400), 0.45, {}),
+    "dmd2-sd15": (_SD15, OneStep(abar=_ROUNDED), 0.04, {}),
+    "dmd2-sdxl-1step": (_SDXL, OneStep(399), 0.5, {}),
+    "dmd2-sdxl-4step": (_SDXL, OneStep(sampler="dmd2", steps=4, times=_DMD2_TIMES), 0.5, {}),
+    "lcm-sdxl": (_LCM_SDXL, dataclasses.replace(_LCM, guidance=8.0), 0.5, {}),
+    "lcm-dreamshaper": (_LCM_SD15, dataclasses.replace(_LCM, guidance=8.0), 0.04, {}),
+    "lcm-lora-sdxl": (_SDXL, _LCM, 0.5, {}),
+    "lcm-lora-sd15": (_SD15, _LCM, 0.04, {}),
+    "instaflow": (
+        _SD15,
+        OneStep(sampler="flow"),
+        0.19,
+        {"schedule": Schedule(prediction="flow")},
+    ),
+    "yoso-pixart": (
+        _PIXART_512,
+        OneStep(sampler="lcm"),
+        0.2,
+        {"schedule": dataclasses.replace(_LINEAR, prediction="v")},
+    ),
+    "pixart-lcm": (_PIXART_1024, _LCM, 0.5, {}),
+    "hyper-sdxl-1step": (_SDXL, OneStep(800, sampler="lcm", times=(800,)), 0.5, {}),
+    "hyper-sdxl-1step-lora": (_SDXL, OneStep(sampler="tcd"), 0.5, {}),
+    "hyper-sd15-1step-lora": (_SD15, OneStep(sampler="tcd"), 0.04, {}),
+    **{
+        f"hyper-{name}-{n}steps-lora": (base, OneStep(sampler="ddim", steps=n), strength, {})
+        for name, base, strength in (("sdxl", _SDXL, 0.5), ("sd15", _SD15, 0.04))
+        for n in (2, 4, 8)
+    },
+    "sdxl-lightning-1step": (_SDXL, OneStep(sampler="euler"), 0.5, {"schedule": _X0}),
+    **{
+        f"sdxl-lightning-{n}step": (_SDXL, OneStep(sampler="euler", steps=n), 0.5, {})
+        for n in (2, 4, 8)
+    },
+}
+
 PRESETS: dict[str, ModelSpec] = {
     "sd15": _SD15,
     "sd21": _SD21,
-    "sd21-v": dataclasses.replace(_SD21, arch="sd21-v", schedule=_V, latent_size=96),
-    "sd-turbo": dataclasses.replace(_SD21, arch="sd-turbo", one_step=OneStep()),
+    "sd21-v": dataclasses.replace(
+        _SD21, arch="sd21-v", schedule=_V, latent_size=96, sampler="ddim-leading"
+    ),
     "sdxl": _SDXL,
-    "sdxl-turbo": dataclasses.replace(_SDXL, arch="sdxl-turbo", latent_size=64, one_step=OneStep()),
     "pixart-256": _PIXART,
-    "pixart-512": dataclasses.replace(
-        _PIXART, arch="pixart-512", backbone=DiTConfig(), latent_size=64
-    ),
-    "pixart-1024": dataclasses.replace(
-        _PIXART,
-        arch="pixart-1024",
-        backbone=DiTConfig(sample_size=128, interpolation=2.0, size_embed=True),
-        latent_size=128,
-    ),
+    "pixart-512": _PIXART_512,
+    "pixart-1024": _PIXART_1024,
+    **{
+        name: dataclasses.replace(
+            base, arch=name, one_step=recipe, strengths={"nasa": strength}, **changes
+        )
+        for name, (base, recipe, strength, changes) in RECIPES.items()
+    },
     "shapes": _SHAPES,
     "shapes_dit": _SHAPES_DIT,
     "debug": _DEBUG,
@@ -418,11 +513,13 @@ def _from_fields(kind: Any, data: Any, where: str) -> Any:
         raise ValueError(f"{where} must be an object of kind {kind.__name__}, got {data!r:.80}")
     hints = get_type_hints(kind)
     names = [f.name for f in dataclasses.fields(kind)]
+    added = [f.name for f in dataclasses.fields(kind) if f.metadata.get("added")]
     for key in data:
         if key != "kind" and key not in names:
             near = get_close_matches(key, names, n=1, cutoff=0.0)[0]
             raise ValueError(f"{where} has an unknown key {key!r}; the nearest is {near!r}")
-    missing = [name for name in names if name not in data]
+    missing = [name for name in names if name not in data and name not in added]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
-    return kind(**{n: _from_plain(hints[n], data[n], f"{where}.{n}") for n in names})
+    found = [name for name in names if name in data]
+    return kind(**{n: _from_plain(hints[n], data[n], f"{where}.{n}") for n in found})

@@ -16,9 +16,10 @@ import snoopi
 from snoopi.errors import writing
 from snoopi.pipeline import FORMAT, SPEC_FILE
 from snoopi.tokenize import Tokenizer
-from snoopi.zoo import ModelSpec, TextSpec, build
-from weights_convert.detect import Found, Part, detect
+from snoopi.zoo import ModelSpec, TextSpec, ToolSpec, build
+from weights_convert.detect import detect
 from weights_convert.files import Entry, open_weights, sha256, write_safetensors
+from weights_convert.found import Found, Part
 from weights_convert.rules import Plan, Shape, plan, trouble_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -133,7 +134,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
     raise ValueError(f"{target} exists already: {hint}, or choose another DST")
 
 
-def targets(spec: ModelSpec, part: str) -> dict[str, Shape]:
+def targets(spec: ModelSpec | ToolSpec, part: str) -> dict[str, Shape]:
     """Names and shapes of a network's parameters."""
     return {name: tuple(tensor.shape) for name, tensor in build(spec, part).state_dict().items()}
 
@@ -162,6 +163,8 @@ def _write_part(part: Part, how: Plan, folder: Path, dtype: torch.dtype | None) 
 
 def _tokenizers(found: Found) -> list[Tokenizer | None]:
     """A tokenizer for each text encoder: the checkpoint's own, else CLIP's committed vocabulary."""
+    if isinstance(found.spec, ToolSpec):
+        return [Tokenizer.clip(pad_id) for pad_id in found.pad_ids]
     parts = {part.name for part in found.parts}
     made: list[Tokenizer | None] = []
     for i, (text, folder) in enumerate(zip(found.spec.text, found.tokenizers, strict=True)):
@@ -195,7 +198,7 @@ def _hashes(found: Found, source: Path) -> dict[str, dict[str, Any]]:
 
 def _write_spec(
     folder: Path,
-    spec: ModelSpec,
+    spec: ModelSpec | ToolSpec,
     source: Path,
     hashes: dict[str, dict[str, Any]],
     prefer: str,
@@ -225,5 +228,10 @@ def _check(found: Found, plans: dict[str, Plan], folder: Path, dtype: torch.dtyp
 
 
 def _check_tensor(name: str, wanted: Entry, got: Entry) -> None:
-    if not torch.equal(wanted.read().nan_to_num(), got.read().nan_to_num()):
+    if wanted.dtype != got.dtype or not torch.equal(_bits(wanted), _bits(got)):
         raise ValueError(f"{name} differs from the source after writing")
+
+
+def _bits(entry: Entry) -> torch.Tensor:
+    """A tensor's bytes, without a copy where it lies in order: NaN equals itself."""
+    return entry.read().contiguous().view(-1).view(torch.uint8)

@@ -11,7 +11,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,11 @@ from snoopi.models.dit import DiTConfig
 from snoopi.models.t5 import T5Config
 from snoopi.models.unet import UNetConfig
 from snoopi.models.vae import VAEConfig
-from snoopi.pipeline import SPEC_FILE, read_spec
-from snoopi.zoo import PRESETS, ModelSpec, TextSpec, preset, text_part
-from weights_convert import configs, tables
+from snoopi.pipeline import SPEC_FILE, read_spec, read_tools
+from snoopi.zoo import PRESETS, ModelSpec, TextSpec, ToolSpec, preset, text_part
+from weights_convert import configs, tables, tools
 from weights_convert.files import INDEX, PICKLED, Entry, Weights, open_weights
+from weights_convert.found import Found, Part
 from weights_convert.rules import Layout
 
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -37,63 +37,70 @@ _SINGLE_TEXT = (
 )
 
 
-@dataclass(frozen=True)
-class Part:
-    """One network of a source. name: "backbone", "vae", "text_encoder", ...
-
-    weights: its tensors alone, under the layout's names. rename: another spelling of those.
-    """
-
-    name: str
-    config: Any
-    weights: Mapping[str, Entry]
-    layout: Layout
-    files: tuple[Path, ...]
-    rename: Callable[[str], str] = lambda name: name
-
-
-@dataclass(frozen=True)
-class Found:
-    """All that a source holds. tokenizers: folder of each text encoder's, None where it has none.
-
-    leftover: names of a single file that no network's prefix covers; drop: those left out on
-    purpose.
-    """
-
-    spec: ModelSpec
-    parts: Sequence[Part]
-    tokenizers: Sequence[Path | None]
-    leftover: Sequence[str] = ()
-    notes: Sequence[str] = field(default=())
-
-
 def detect(source: Path, arch: str | None = None, prefer: str = "ema") -> Found:
     """Recognise a path. arch: a preset, or a snoopi.json (or its folder) whose model this is.
 
     Raises ValueError for what is not recognised, and for what only --arch can say.
     """
     asked = _asked(arch)
-    if source.is_dir():
-        if (source / "model_index.json").is_file():
-            return _diffusers(source, asked, prefer)
-        if (source / SPEC_FILE).is_file():
-            raise ValueError(f"{source} is a model folder already; `export` writes other layouts")
-        return _component(source, asked, prefer)
-    weights = open_weights(source, prefer)
+    tool = asked if isinstance(asked, ToolSpec) else None
+    model = asked if isinstance(asked, ModelSpec) else None
+    if source.is_dir() and (source / "model_index.json").is_file() and tool is None:
+        return _diffusers(source, model, prefer)
+    if source.is_dir() and (source / SPEC_FILE).is_file():
+        raise ValueError(f"{source} is a model folder already; `export` writes other layouts")
+    weights, config = _weights(source, prefer)
     if not weights.entries:
-        raise ValueError(f"{source} holds no tensor")
-    return _file(weights, asked, prefer)
+        raise ValueError(f"{weights.path} holds no tensor")
+    try:
+        found = None if model else tools.detect(weights, tool, config)
+    except (KeyError, IndexError, ArithmeticError) as error:
+        raise _unreadable(weights.path, error) from error
+    if found is not None:
+        return found
+    if tool is not None:
+        raise ValueError(f"{weights.path} does not hold {tool.arch}, as --arch says")
+    if config is not None:
+        return _component(source, model, prefer)
+    return _file(weights, model, prefer)
 
 
-def _asked(arch: str | None) -> ModelSpec | None:
-    """The ModelSpec that --arch names."""
+def _weights(source: Path, prefer: str) -> tuple[Weights, Path | None]:
+    """The file of weights that a path means, and the config.json beside it in a component."""
+    if not source.is_dir():
+        return open_weights(source, prefer), None
+    config = source / "config.json"
+    if config.is_file():
+        return open_weights(component_file(source, prefer), prefer), config
+    files = _weight_files(source)
+    if len(files) != 1:
+        names = ", ".join(path.name for path in files) or "none"
+        raise ValueError(
+            f"{source} is no diffusers folder (it holds neither model_index.json nor "
+            f"config.json), and of files of weights it must hold one, found: {names}"
+        )
+    return open_weights(files[0], prefer), None
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path}: its names are those of a known kind, but the sizes cannot be read from it "
+        f"({error!r}): is it whole?"
+    )
+
+
+def _asked(arch: str | None) -> ModelSpec | ToolSpec | None:
+    """The spec that --arch names."""
     if arch is None:
         return None
     path = Path(arch)
     if path.name == SPEC_FILE and path.is_file():
         path = path.parent
     if (path / SPEC_FILE).is_file():
-        return read_spec(path)[0]
+        try:
+            return read_spec(path)[0]
+        except ValueError:
+            return read_tools(path)[0]
     return preset(arch)
 
 
@@ -130,6 +137,9 @@ def _diffusers(folder: Path, asked: ModelSpec | None, prefer: str) -> Found:
     found = [path if path.is_dir() else None for path in tokenizers]
     safety = (folder / "safety_checker").is_dir()
     notes = ["left out on purpose: safety_checker"] if safety else []
+    says = (schedule or {}).get("prediction_type", "epsilon")
+    if schedule and asked and configs.schedule(schedule).prediction != asked.schedule.prediction:
+        notes.append(f"scheduler_config.json says {says}; --arch {asked.arch} goes before it")
     return Found(spec, parts, found, notes=notes)
 
 
@@ -142,16 +152,7 @@ def _part_name(name: str) -> str:
 
 
 def _component(folder: Path, asked: ModelSpec | None, prefer: str) -> Found:
-    """One network's folder, or a folder with one file of weights."""
-    if not (folder / "config.json").is_file():
-        files = _weight_files(folder)
-        if len(files) != 1:
-            found = ", ".join(path.name for path in files) or "none"
-            raise ValueError(
-                f"{folder} is no diffusers folder (it holds neither model_index.json nor "
-                f"config.json), and of files of weights it must hold one, found: {found}"
-            )
-        return _file(open_weights(files[0], prefer), asked, prefer)
+    """One network's folder, with its config.json."""
     part = _from_folder(folder, asked, prefer)
     spec = _spec({part.name: part.config}, asked, None, folder)
     tokenizers = [None] * len(spec.text)
@@ -237,18 +238,14 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _file(weights: Weights, asked: ModelSpec | None, prefer: str) -> Found:
     """A file without a config."""
-    keys, shapes = weights.entries, weights.shapes()
+    keys = weights.entries
     try:
         if any(key.startswith((tables.LDM_UNET, tables.LDM_VAE)) for key in keys):
             return _single(weights, asked, prefer)
         part = _bare(weights, asked)
         spec = _spec({part.name: part.config}, asked, None, weights.path)
     except (KeyError, IndexError, ArithmeticError) as error:
-        raise ValueError(
-            f"{weights.path}: its names are those of a known kind, but the sizes cannot be read "
-            f"from it ({error!r}): is it whole?"
-        ) from error
-    del shapes
+        raise _unreadable(weights.path, error) from error
     place = _text_index(part, spec)
     if place is not None and place > 0:
         part = dataclasses.replace(part, name=text_part(place))

@@ -127,8 +127,10 @@ def plan(
             got = list(source[found].shape)
             trouble.append(f"{found} must be {list(wanted)}, got {got}")
             continue
-        if not source[found].dtype.is_floating_point:
-            trouble.append(f"{found} must be of a floating type, got {source[found].dtype}")
+        counter = target.endswith("num_batches_tracked")
+        if source[found].dtype.is_floating_point == counter:
+            kind = "an integer" if counter else "a floating"
+            trouble.append(f"{found} must be of {kind} type, got {source[found].dtype}")
             continue
         items.append(Item(target, found, rule, shape))
     dropped = []
@@ -177,18 +179,24 @@ def _forward(item: Item, entry: Entry, dtype: torch.dtype | None) -> Entry:
         value = value.T if item.rule.transposed else value
         return cast(item.target, value.reshape(item.shape), dtype)
 
-    return Entry(item.shape, dtype or entry.dtype, read)
+    floating = entry.dtype.is_floating_point
+    return Entry(item.shape, dtype if dtype and floating else entry.dtype, read)
 
 
 def cast(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A tensor in another float type; ValueError where finite values would not stay so."""
-    if dtype is None or value.dtype == dtype:
+    if dtype is None or value.dtype == dtype or not value.is_floating_point():
         return value
     result = value.to(dtype)
-    if not bool(torch.isfinite(result).all()) and bool(torch.isfinite(value).all()):
-        largest = float(value.abs().max())
+    if not _finite(result) and bool((value.isfinite() & ~result.isfinite()).any()):
+        largest = float(value[value.isfinite()].abs().max())
         raise ValueError(f"{name} reaches {largest:g}, too large for {dtype}: keep bf16 or fp32")
     return result
+
+
+def _finite(value: Tensor) -> bool:
+    """Whether all are finite, without a copy: NaN and infinities reach the minimum or maximum."""
+    return not value.numel() or all(bool(end.isfinite()) for end in torch.aminmax(value))
 
 
 def _backward(items: Sequence[Item], network: Mapping[str, Entry]) -> Entry:

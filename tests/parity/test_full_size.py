@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from oracle import randn
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,6 +25,8 @@ from torch import Tensor, nn
 import snoopi
 from snoopi.conditioning import Conditioning
 from snoopi.tokenize import Tokenizer
+from tests.parity import oracle
+from tests.parity.oracle import randn
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
@@ -97,9 +97,12 @@ class Values:
     def fill(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """A parameter: matrices keep the size of what they act on, norms are near one."""
         count = shape.numel()
-        self.start = (self.start + 7_919_317) % 2**25
-        turned = torch.cat([self.block[self.start :], self.block[: self.start]])
-        values = turned.repeat(-(-count // len(turned)))[:count].view(shape)
+        size = len(self.block)
+        self.start = (self.start + 7_919_317) % max(size - count, 1)
+        values = self.block[self.start : self.start + count]
+        if count > size:  # T5's embedding
+            values = self.block.repeat(-(-count // size))[:count]
+        values = values.view(shape)
         if len(shape) > 1:
             scale = 1.0 if "embed" in name and len(shape) == 2 else shape[1:].numel() ** -0.5
             return (values * scale).to(dtype)

@@ -31,9 +31,9 @@ def test_awkward_values_read_back_equal(tmp_path: Path) -> None:
 
 def test_base_is_inherited_and_overridden() -> None:
     base, gap = config.load("pgsb_shapes"), config.load("pgsb_shapes_gap")
-    assert gap.kappa.teacher == (3.0, 3.0) and gap.kappa.lora == (2.0, 2.0)
+    assert gap.kappa.teacher == (3.5, 3.5) and gap.kappa.lora == (2.0, 2.0)
     assert config.differences(base, gap) == [
-        "kappa.teacher: [0.5, 4.0] -> [3.0, 3.0]",
+        "kappa.teacher: [0.5, 4.0] -> [3.5, 3.5]",
         "kappa.lora: [0.5, 4.0] -> [2.0, 2.0]",
     ]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from snoopi.conditioning import Conditioning
 from snoopi.guidance import NASA
-from snoopi.samplers import ddim, guided, one_step, timesteps
+from snoopi.samplers import SAMPLERS, ddim, guided, one_step, sample, timesteps
 from snoopi.schedule import Schedule
 
 
@@ -139,3 +139,96 @@ def test_guided_without_null_is_the_conditional_prediction() -> None:
     t, net = torch.tensor([10, 900]), Recorder()
     assert torch.equal(guided(net, Z, t, COND, None, 7.5), Recorder()(Z, t, COND))
     assert len(net.calls) == 1
+
+
+def fresh(i: int) -> Tensor:
+    return randn(*Z.shape, seed=100 + i)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "times"),
+    [
+        ("lcm", 1, [999]),
+        ("lcm", 2, [999, 499]),
+        ("lcm", 4, [999, 759, 499, 259]),
+        ("lcm", 8, [999, 879, 759, 639, 499, 379, 259, 139]),
+        ("euler", 1, [999]),
+        ("euler", 2, [999, 499]),
+        ("euler", 4, [999, 749, 499, 249]),
+        ("dmd2", 4, [999, 749, 499, 249]),
+        ("flow", 1, [1000.0]),
+        ("flow", 4, [1000.0, 750.0, 500.0, 250.0]),
+    ],
+)
+def test_published_timesteps(name: str, steps: int, times: list[float]) -> None:
+    """What the network is called at (the models' own tables)."""
+    net = Recorder()
+    sample(name, net, Schedule(), Z, COND, steps=steps, noise=fresh)
+    assert [float(t[0]) for _, t, _ in net.calls] == times
+    assert all(t.is_floating_point() == (name == "flow") for _, t, _ in net.calls)
+
+
+def test_pndm_calls_the_network_once_more() -> None:
+    net = Recorder()
+    sample("pndm", net, Schedule(), Z, COND, steps=25)
+    times = [int(t[0]) for _, t, _ in net.calls]
+    assert times == [961, 921, *range(921, 0, -40)] and len(times) == 26
+
+
+def test_alpha_bar_of_the_published_schedules() -> None:
+    sd, pixart = Schedule().alpha_bar(), Schedule("linear", 1e-4, 0.02).alpha_bar()
+    want = {399: 0.4260864, 400: 0.4244830, 799: 0.0371950, 800: 0.0368696, 999: 0.00466010}
+    assert {t: round(float(sd[t]), 8) for t in want} == pytest.approx(want, abs=6e-8)
+    want = {399: 0.1951464, 400: 0.1935720, 799: 0.0015321, 800: 0.0015075, 999: 4.03583e-5}
+    assert {t: float(pixart[t]) for t in want} == pytest.approx(want, rel=4e-5)
+
+
+def test_a_flow_step_adds_the_velocity() -> None:
+    schedule = Schedule(prediction="flow")
+    net = Recorder()
+    got = sample("flow", net, schedule, Z, COND, steps=1)
+    assert torch.equal(got, Z + Recorder()(Z, torch.tensor([1000.0, 1000.0]), COND))
+
+
+def test_turbo_sees_scaled_noise() -> None:
+    """Euler's sigma space: sigma / sqrt(sigma^2 + 1) = 0.99767 of the noise."""
+    net = Recorder()
+    sample("euler", net, Schedule(), Z, COND, steps=1)
+    torch.testing.assert_close(net.calls[0][0], 0.9976672 * Z, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "pndm"])
+def test_an_exact_network_gives_x0_back(name: str) -> None:
+    """With a network that knows the picture. (PNDM extrapolates from its past: not exact.)"""
+    x0 = randn(*Z.shape, seed=9)
+    schedule = Schedule(prediction="flow" if name == "flow" else "x0")
+
+    def net(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return x0 - Z if name == "flow" else x0
+
+    got = sample(name, net, schedule, Z, COND, steps=4, noise=fresh)
+    # tcd ends at t = 0 and ddim-leading at abar[0]: a little noise is left.
+    left = 0.05 if name in ("tcd", "ddim-leading") else 1e-5
+    assert (got - x0).square().mean().sqrt() < left
+
+
+def test_guidance_with_a_negative_text_is_eq_5() -> None:
+    """The negative in place of the null text, at every call."""
+    negative = Conditioning(randn(2, 3, 4, seed=8))
+    plain = sample("euler", Recorder(), Schedule(), Z, COND, steps=3)
+    same = sample("euler", Recorder(), Schedule(), Z, COND, steps=3, null=COND, kappa=7.5)
+    torch.testing.assert_close(same, plain)
+    away = sample("euler", Recorder(), Schedule(), Z, COND, steps=3, null=negative, kappa=7.5)
+    assert not torch.allclose(away, plain)
+
+
+def test_samplers_refuse_bad_calls() -> None:
+    with pytest.raises(ValueError, match="unknown sampler 'eular'; the nearest is 'euler'"):
+        sample("eular", Recorder(), Schedule(), Z, COND)
+    with pytest.raises(ValueError, match=r"adds noise: give noise\(step\)"):
+        sample("lcm", Recorder(), Schedule(), Z, COND, steps=2)
+    for name in SAMPLERS:
+        with pytest.raises(ValueError, match="steps must be"):
+            sample(name, Recorder(), Schedule(), Z, COND, steps=0, noise=fresh)
+    with pytest.raises(ValueError, match=r"steps must be in 1..50, got 51"):
+        sample("lcm", Recorder(), Schedule(), Z, COND, steps=51, noise=fresh)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from snoopi.schedule import Prediction, Schedule
 
+PREDICTIONS = [kind for kind in get_args(Prediction) if kind != "flow"]
+
 SD = Schedule()
 PIXART = Schedule("linear", 1e-4, 0.02)
 TIMES = torch.tensor([0, 1, 250, 400, 999])
@@ -68,7 +70,7 @@ def test_noise_keeps_the_variance() -> None:
 
 
 @pytest.mark.parametrize("betas", ["scaled_linear", "linear"])
-@pytest.mark.parametrize("prediction", get_args(Prediction))
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_target_leads_back_to_x0_and_eps(prediction: Any, betas: Any) -> None:
     schedule = Schedule(betas, 1e-4, 0.02, prediction=prediction)
     x0, eps = latents()
@@ -79,7 +81,7 @@ def test_target_leads_back_to_x0_and_eps(prediction: Any, betas: Any) -> None:
     torch.testing.assert_close(schedule.to_eps(target, x_t, TIMES), eps, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("prediction", get_args(Prediction))
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_any_prediction_gives_an_x0_and_eps_that_rebuild_x_t(prediction: Any) -> None:
     schedule = Schedule(prediction=prediction)
     x_t, pred = latents()
@@ -96,7 +98,7 @@ def test_targets_are_what_their_names_say() -> None:
     torch.testing.assert_close(v, alpha * eps - sigma * x0)
 
 
-@pytest.mark.parametrize("prediction", get_args(Prediction))
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_conversions_of_16_bit_tensors_run_in_fp32(prediction: Any) -> None:
     schedule = Schedule(prediction=prediction)
     x_t, pred = (x.bfloat16() for x in latents())
@@ -122,5 +124,23 @@ def test_x0_of_the_last_timestep_is_good_to_fp32(schedule: Schedule, ratio: floa
 def test_impossible_names_are_refused() -> None:
     with pytest.raises(ValueError, match="betas must be one of scaled_linear, linear, got 'cos'"):
         Schedule("cos")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="prediction must be one of eps, v, x0, got 'epsilon'"):
+    with pytest.raises(
+        ValueError, match="prediction must be one of eps, v, x0, flow, got 'epsilon'"
+    ):
         Schedule(prediction="epsilon")  # type: ignore[arg-type]
+
+
+def test_a_flow_has_no_alpha_and_sigma() -> None:
+    x, t = torch.zeros(1, 4, 2, 2), torch.tensor([999])
+    for convert in (Schedule(prediction="flow").to_x0, Schedule(prediction="flow").to_eps):
+        with pytest.raises(ValueError, match="use the sampler 'flow'"):
+            convert(x, x, t)
+
+
+def test_a_rounded_abar_replaces_the_schedules() -> None:
+    x, eps, t = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 0.5), torch.tensor([999])
+    abar = 0.0047
+    want = (1 - (1 - abar) ** 0.5 * 0.5) / abar**0.5
+    assert Schedule().to_x0(eps, x, t, abar).item() == pytest.approx(want, rel=1e-6)
+    exact = Schedule().to_x0(eps, x, t).item()
+    assert exact == pytest.approx(want * (abar / 0.00466010) ** 0.5, rel=1e-3) and exact != want

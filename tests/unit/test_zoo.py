@@ -16,6 +16,7 @@ from snoopi.models.dit import DiT, DiTConfig
 from snoopi.models.t5 import T5Encoder
 from snoopi.models.unet import UNet, UNetConfig
 from snoopi.models.vae import VAE, PatchVAE, PatchVAEConfig
+from snoopi.samplers import SAMPLERS
 from snoopi.zoo import PRESETS, ModelSpec
 
 
@@ -38,13 +39,37 @@ def test_presets_are_named_and_fit_together(name: str) -> None:
     width = getattr(spec.backbone, "pooled_width", None)
     assert pooled == ([width] if width else [])
     assert spec.latent_channels == spec.backbone.in_channels
-    variance = 2 if name.startswith("pixart") else 1  # PixArt's is learned, and cut off
+    variance = 2 if "pixart" in name else 1  # PixArt's is learned, and cut off
     assert spec.backbone.out_channels == variance * spec.latent_channels
     if isinstance(spec.backbone, DiTConfig):
         assert spec.backbone.sample_size == spec.latent_size
     for text in spec.text:
         assert 0 <= text.pad_id < text.config.vocabulary
         assert text.config.eos_id < text.config.vocabulary
+
+
+@pytest.mark.parametrize("name", zoo.RECIPES)
+def test_recipes_can_be_run(name: str) -> None:
+    """Its sampler exists, its times are as many as its steps, and its strength is stored."""
+    base, recipe, strength, _ = zoo.RECIPES[name]
+    spec = PRESETS[name]
+    assert spec.one_step == recipe and spec.strengths == {"nasa": strength}
+    assert recipe.sampler == "" or recipe.sampler in SAMPLERS
+    assert recipe.steps == 1 or recipe.sampler
+    assert not recipe.times or len(recipe.times) == recipe.steps
+    assert (recipe.guidance is None) == (getattr(base.backbone, "guidance_width", None) is None)
+    assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_a_spec_of_an_earlier_version_is_read() -> None:
+    data = PRESETS["sd-turbo"].to_json()
+    del data["sampler"]
+    data["one_step"] = {"kind": "OneStep", "t": 999}
+    spec = ModelSpec.from_json(data)
+    assert spec.sampler == "ddim" and spec.one_step == zoo.OneStep()
+    del data["kappa"]
+    with pytest.raises(ValueError, match="model lacks kappa"):
+        ModelSpec.from_json(data)
 
 
 def test_published_constants() -> None:
