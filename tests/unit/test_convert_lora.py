@@ -329,6 +329,76 @@ def test_a_file_that_fits_both_text_encoders_needs_part(tmp_path: Path) -> None:
     assert list(read_lora(path, TWO, part="text_encoder_2").parts) == ["text_encoder_2"]
 
 
+# Names of published files: what they are of our names.
+PUBLISHED = {
+    "sdxl": {
+        "down_blocks_1_attentions_0_proj_in": "down_blocks.1.attentions.0.proj_in",
+        "mid_block_resnets_0_time_emb_proj": "mid_block.resnets.0.time_emb_proj",
+        "input_blocks_0_0": "conv_in",
+        "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
+        "input_blocks_4_1_transformer_blocks_0_attn1_to_q": (
+            "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+        ),
+        "input_blocks_4_0_skip_connection": "down_blocks.1.resnets.0.conv_shortcut",
+        "middle_block_1_transformer_blocks_9_ff_net_0_proj": (
+            "mid_block.attentions.0.transformer_blocks.9.ff.net.0.proj"
+        ),
+        "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+        "output_blocks_8_0_emb_layers_1": "up_blocks.2.resnets.2.time_emb_proj",
+        "time_embed_2": "time_embedding.linear_2",
+        "label_emb_0_0": "add_embedding.linear_1",
+        "out_2": "conv_out",
+    },
+    "sd15": {
+        "down_blocks_0_downsamplers_0_conv": "down_blocks.0.downsamplers.0.conv",
+        "up_blocks_3_attentions_2_transformer_blocks_0_attn2_to_out_0": (
+            "up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_out.0"
+        ),
+        "output_blocks_2_1_conv": "up_blocks.0.upsamplers.0.conv",
+    },
+    "pixart-1024": {
+        "transformer_blocks_27_attn2_to_k": "transformer_blocks.27.attn2.to_k",
+        "adaln_single_emb_resolution_embedder_linear_1": (
+            "adaln_single.emb.resolution_embedder.linear_1"
+        ),
+    },
+}
+
+
+@pytest.mark.parametrize("arch", PUBLISHED)
+def test_names_at_full_size(arch: str) -> None:
+    modules = Modules(zoo.model(arch), "backbone")
+    for spelling, name in PUBLISHED[arch].items():
+        assert modules.find(spelling, True) == name
+    assert all(len(names) == 1 for names in modules.underscored.values())
+    if arch != "pixart-1024":
+        assert list(modules.sgm) == list(modules.shapes)
+
+
+# The parameters of rank 64: attention alone, and the fourteen kinds of module of DMD2's LoRA.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+KINDS = (
+    *(*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"),
+    *("conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
+
+
+@pytest.mark.parametrize(
+    ("arch", "kinds", "count"),
+    [
+        ("sd15", ATTENTION, 12_754_944),
+        ("sd21", ATTENTION, 13_279_232),
+        ("pixart-512", ATTENTION, 33_030_144),
+        ("sd15", KINDS, 67_252_224),
+        ("sd21", KINDS, 67_776_512),
+    ],
+)
+def test_parameters_of_rank_64(arch: str, kinds: tuple[str, ...], count: int) -> None:
+    found = Modules(zoo.model(arch), "backbone").shapes
+    chosen = [shape for name, shape in found.items() if name.endswith(kinds)]
+    assert sum(64 * (math.prod(shape[1:]) + shape[0]) for shape in chosen) == count
+
+
 def test_an_ambiguous_kohya_name_is_an_error() -> None:
     modules = Modules(UNET, "backbone")
     modules.underscored[Q.replace(".", "_")].add(CONV)
@@ -587,6 +657,19 @@ def test_merging_several_with_their_scales(tmp_path: Path) -> None:
     ]
     assert all(len(h) == 64 for m in said["merged"] for h in m["files"].values())
     assert (tmp_path / "merged" / "tokenizer").is_dir()
+
+
+def test_a_merged_model_can_become_a_recipe(tmp_path: Path) -> None:
+    """As an LCM-LoRA makes a model of many steps one of few."""
+    source = folder_of(UNET, tmp_path / "source")
+    recipe = dataclasses.replace(UNET, arch="lcm", one_step=zoo.OneStep(499))
+    write_lora(made(UNET, every=9), tmp_path / "x.safetensors", "kohya")
+    folder_of(recipe, tmp_path / "recipe")
+    words = ["source", "x.safetensors", "m", "--arch", "recipe"]
+    assert main(["merge", *(w if w[0] == "-" else str(tmp_path / w) for w in words)]) == 0
+    assert snoopi.load(tmp_path / "m").spec == recipe != UNET
+    with pytest.raises(ValueError, match=r"sd15 has another backbone than .*source"):
+        merge(source, [tmp_path / "x.safetensors"], tmp_path / "n", arch="sd15")
 
 
 def test_merging_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
