@@ -501,11 +501,19 @@ def _read(folder: Path, kind: Any, what: str, other: str) -> tuple[Any, dict[str
             f"snoopi.pipeline.{other} reads it"
         )
     try:
-        spec = kind.from_json(model)
-        _check_sizes(dataclasses.asdict(spec), "model")
-        return spec, provenance
+        return parse_spec(kind, model), provenance
     except (ValueError, ArithmeticError) as error:  # a config divides by its own numbers
         raise ValueError(f"{path}: {error}") from error
+
+
+def parse_spec(kind: Any, data: Any) -> Any:
+    """A ModelSpec or ToolSpec from snoopi.json's plain data, its types and sizes checked.
+
+    Raises ValueError, or the ArithmeticError of a config that divides by a number of its own.
+    """
+    spec = kind.from_json(data)
+    _check_sizes(dataclasses.asdict(spec), "model")
+    return spec
 
 
 def _check_sizes(value: Any, where: str) -> None:
