@@ -18,7 +18,7 @@ from weights_convert.lora_extract import Extraction, extract
 from weights_convert.lora_files import Factor, Lora, read_lora, spec_of
 from weights_convert.lora_merge import merge
 from weights_convert.lora_names import DIALECTS
-from weights_convert.lora_write import write_lora
+from weights_convert.lora_write import check_target, write_lora
 from weights_convert.rules import cast
 
 __all__ = [
@@ -182,6 +182,7 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _extract(options: argparse.Namespace) -> None:
+    check_target(options.target, options.to)  # before minutes of work
     result = extract(options.base, options.tuned, options.rank, options.arch, options.part)
     lora = cast_lora(result.lora(), DTYPES[options.dtype])
     write_lora(lora, options.target, options.to)

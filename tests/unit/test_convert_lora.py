@@ -821,6 +821,9 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "diffusers" in out
     status = main(["merge", str(source), str(tmp_path / "no.safetensors"), str(tmp_path / "x")])
     assert status == 2 and capsys.readouterr().err.count("\n") == 1
+    words = ["extract", str(source), str(source), str(tmp_path / "a.safetensors")]
+    assert main(words) == 2  # before it compares the two
+    assert "a.safetensors exists already" in capsys.readouterr().err
     for command in ("lora", "merge", "extract"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
