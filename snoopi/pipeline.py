@@ -190,7 +190,8 @@ class Pipeline:
             null = self._unconditional(negatives)
         elif guidance in self._over_cfg():
             null = self.null()
-        cond = self.condition(prompts, negatives, guidance, scale)
+        cond = self._sized(self.condition(prompts, negatives, guidance, scale), z.shape[2:])
+        null = None if null is None else self._sized(null, z.shape[2:])
         backbone = self.backbone
         assert backbone is not None
         z = z.to(next(backbone.parameters()).device)
@@ -275,7 +276,10 @@ class Pipeline:
         return self.backbone.text_kv(cond)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Text features of prompts: every encoder's output side by side, and the pooled text."""
+        """Text features of prompts: every encoder's output side by side, and the pooled text.
+
+        Size ids are a native picture's; `latents` puts the ids of its own size in their place.
+        """
         self._complete("text_encoder", *(text_part(i) for i in range(1, len(self.spec.text))))
         features, mask, pooled = [], None, None
         for text, encoder, tokenizer in zip(
@@ -286,12 +290,20 @@ class Pipeline:
             features.append(getattr(out, text.output))
             mask = mask if read is None else read
             pooled = out.pooled if text.pooled else pooled
-        return Conditioning(torch.cat(features, dim=-1), mask, pooled, self._sizes(len(prompts)))
+        native = (self.spec.latent_size, self.spec.latent_size)
+        tokens = torch.cat(features, dim=-1)
+        if self.backbone is not None:  # T5-XXL may be stored in bf16 beside an fp32 backbone
+            tokens = tokens.to(self._dtype(self.backbone))
+        return self._sized(Conditioning(tokens, mask, pooled), native)
 
-    def _sizes(self, batch: int) -> Tensor | None:
-        """The size ids of an uncropped native picture, [b 6] or [b 3], if the network reads any."""
-        ids = self.spec.backbone.size_ids(self.spec.latent_size * self.spec.vae.factor)
-        return None if ids is None else torch.tensor([ids]).expand(batch, len(ids))
+    def _sized(self, cond: Conditioning, latent: Sequence[int]) -> Conditioning:
+        """With the size ids [b 6] or [b 3] of a whole picture of latent (h, w), if any are read."""
+        height, width = (side * self.spec.vae.factor for side in latent)
+        ids = self.spec.backbone.size_ids(height, width)
+        if ids is None:
+            return cond
+        rows = torch.tensor([ids], device=cond.tokens.device).expand(len(cond), len(ids))
+        return dataclasses.replace(cond, size_ids=rows)
 
     def null(self) -> Conditioning:
         """The unconditional text, batch 1: the encoded empty prompt, or zeros."""

@@ -27,6 +27,7 @@ from weights_convert.found import Found, Part
 from weights_convert.rules import Layout
 
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_MODEL_TYPES = {"clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
 _EMA_MOST = 100  # fewer names of an average are none
 # Single files' text encoders: prefix, index among the text encoders, and whether OpenCLIP named it.
 _SINGLE_TEXT = (
@@ -196,9 +197,8 @@ def _from_folder(folder: Path, asked: ModelSpec | None, prefer: str) -> Part:
     """A network from config.json and its file."""
     data = _json(folder / "config.json")
     classes = data.get("architectures")
-    kind = data.get("_class_name") or (
-        classes[0] if classes and isinstance(classes, list) else None
-    )
+    first = classes[0] if classes and isinstance(classes, list) else None
+    kind = data.get("_class_name") or first or _MODEL_TYPES.get(str(data.get("model_type")))
     makers: dict[Any, tuple[str, Callable[..., Any], Callable[..., Layout]]] = {
         "UNet2DConditionModel": ("backbone", configs.unet, tables.unet_diffusers),
         "PixArtTransformer2DModel": ("backbone", configs.dit, tables.dit_diffusers),

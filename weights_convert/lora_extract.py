@@ -101,6 +101,8 @@ def _open(path: Path, arch: str | None) -> tuple[ModelSpec, dict[str, Mapping[st
     """A checkpoint's networks in our names."""
     if not (path / SPEC_FILE).is_file():
         found = detect(path, arch)
+        if not isinstance(found.spec, ModelSpec):
+            raise ValueError(f"{path} holds {found.spec.arch}, not a model that makes pictures")
         plans = plan_all(found, path)
         return found.spec, {p.name: plans[p.name].forward(p.weights, None) for p in found.parts}
     spec, _ = read_spec(path)

@@ -60,9 +60,9 @@ class DiTConfig:
         """Channels of a token."""
         return self.heads * self.head_dim
 
-    def size_ids(self, side: int) -> tuple[float, ...] | None:
-        """(h, w, h/w) of a native picture of side x side pixels; None if no size is embedded."""
-        return (float(side), float(side), 1.0) if self.size_embed else None
+    def size_ids(self, height: int, width: int) -> tuple[float, ...] | None:
+        """(h, w, h/w) of a picture of height x width pixels; None if no size is embedded."""
+        return (float(height), float(width), height / width) if self.size_embed else None
 
 
 class PatchEmbed(nn.Module):

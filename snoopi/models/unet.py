@@ -53,9 +53,9 @@ class UNetConfig:
                     f"{self.norm_groups} norm groups"
                 )
 
-    def size_ids(self, side: int) -> tuple[int, ...] | None:
-        """SDXL's six ids of an uncropped picture of side x side pixels, h before w; or None."""
-        return None if self.pooled_width is None else (side, side, 0, 0, side, side)
+    def size_ids(self, height: int, width: int) -> tuple[int, ...] | None:
+        """SDXL's six ids of an uncropped picture of height x width pixels, h before w; or None."""
+        return None if self.pooled_width is None else (height, width, 0, 0, height, width)
 
 
 class FeedForward(nn.Module):

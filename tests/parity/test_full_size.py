@@ -189,6 +189,7 @@ def folder(path: Path, name: str, dtype: torch.dtype) -> Path:
     parts = {backbone: ["diffusers", type(net).__name__], "vae": ["diffusers", "AutoencoderKL"]}
     for i, (part, (kind, config)) in enumerate(texts.items()):
         # T5-XXL is 19 GB in fp32: bf16, as everybody runs it on a machine of 24 GB.
+        config.architectures = [kind.__name__]
         with torch.device("meta"):
             encoder = kind(config)
         write(path / part, encoder, torch.bfloat16 if "T5" in kind.__name__ else dtype, "model")

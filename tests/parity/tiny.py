@@ -74,11 +74,11 @@ def clip(width: int, layers: int, activation: str, projection: int | None = None
     return getattr(transformers, kind)(config)
 
 
-def t5(width: int) -> Any:
+def t5(width: int, vocabulary: int = 64) -> Any:
     """A T5 v1.1 encoder."""
     transformers = oracle.package("transformers")
     config = transformers.T5Config(
-        vocab_size=64,
+        vocab_size=vocabulary,
         d_model=width,
         d_kv=10,
         d_ff=32,

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 import snoopi
 from snoopi import pipeline as pipeline_module
 from snoopi import zoo
+from snoopi.conditioning import Conditioning
 from snoopi.models.vae import PatchVAE
 from snoopi.noise import Noise
-from snoopi.pipeline import Pipeline, shipped, shipped_or_path
+from snoopi.pipeline import SHIPPED, Pipeline, shipped, shipped_or_path
 from snoopi.worlds.shapes import ShapesWorld
 
 
@@ -305,7 +306,17 @@ def test_pixart_1024_is_told_its_size() -> None:
     spec = dataclasses.replace(
         zoo.preset("shapes_dit"), backbone=zoo.preset("pixart-1024").backbone, latent_size=128
     )
-    sizes = Pipeline(spec)._sizes(2)
+    sizes = Pipeline(spec)._sized(Conditioning(torch.zeros(2, 3, 4)), (128, 64)).size_ids
     side = 128.0 * spec.vae.factor
     assert sizes is not None and sizes.is_floating_point()
-    assert sizes.tolist() == [[side, side, 1.0]] * 2
+    assert sizes.tolist() == [[side, side / 2, 2.0]] * 2
+
+
+def test_parts_of_different_types_draw_together() -> None:
+    """A text encoder in bf16 beside an fp32 backbone, as PixArt's T5 is stored."""
+    pipeline = snoopi.load(SHIPPED / "shapes_teacher")
+    pipeline.text_encoders[0].bfloat16()
+    assert pipeline.encode(["a red star"]).tokens.dtype == torch.float32
+    for guidance in ("nasa", "embed-sub", "cfg"):
+        (picture,) = pipeline("a red star", "blue", guidance=guidance, steps=1)
+        assert picture.size == (32, 32)

@@ -122,10 +122,10 @@ def test_pixart_has_its_published_schedule_positions_and_sizes() -> None:
         assert (spec.schedule.beta_end, spec.schedule.prediction) == (0.02, "eps")
         assert [text.config.length for text in spec.text] == [120]
         assert [text.config.masked for text in spec.text] == [True]
-        ids = spec.backbone.size_ids(side)
+        ids = spec.backbone.size_ids(side, side)
         assert ids == ((1024.0, 1024.0, 1.0) if side == 1024 else None)
-    assert PRESETS["sdxl"].backbone.size_ids(1024) == (1024, 1024, 0, 0, 1024, 1024)
-    assert PRESETS["sd15"].backbone.size_ids(512) is None
+    assert PRESETS["sdxl"].backbone.size_ids(1024, 1024) == (1024, 1024, 0, 0, 1024, 1024)
+    assert PRESETS["sd15"].backbone.size_ids(512, 512) is None
 
 
 def test_build_takes_a_spec_and_a_device() -> None:
