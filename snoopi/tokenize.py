@@ -72,8 +72,10 @@ class Tokenizer:
 
     def unknown(self, text: str) -> list[str]:
         """The words of a text that the vocabulary lacks (they all become one unknown token)."""
-        row = self.tokenizer.encode(text)
         unk = self.tokenizer.token_to_id("<unk>")
+        if unk is None:
+            return []
+        row = self.tokenizer.encode(text)
         return [text[a:b] for i, (a, b) in zip(row.ids, row.offsets, strict=True) if i == unk]
 
     def cut(self, text: str) -> str | None:

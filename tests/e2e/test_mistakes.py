@@ -436,12 +436,15 @@ def test_unknown_words_are_said_once_and_the_file_is_watched(
     reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, out = tmp_path / "p.jsonl", tmp_path / "out"
-    file.write_text('{"prompt": "a red circle"}\n{"prompt": "a red dragon", "source": "me"}\n')
+    dragon = '{"prompt": "a red dragon", "source": "me"}\n'
+    file.write_text('{"prompt": "a red circle a red circle a red circle a red circle"}\n' + dragon)
     teacher = reference.parent / "debug_teacher" / "model"
     words = [*FAST, "run.steps=2", "evaluate.prompts=0", f"data.prompts={file}"]
     words += [f"model.teacher={teacher}", "--out", str(out)]
     assert train.main(words) == 0
-    assert capsys.readouterr().err.count("not in the vocabulary: dragon") == 1
+    said = capsys.readouterr().err
+    assert said.count("not in the vocabulary: dragon") == 1
+    assert said.count("1 of its first 2 prompts: the prompt is longer than") == 1
     # Batches of 2 of 2 prompts: each step sees both, other runs see other captions.
     assert [r["step"] for r in rows(out)] == [1, 2] and rows(out) != rows(reference)[:2]
     file.write_text('{"prompt": "a red circle"}\n')
