@@ -138,7 +138,7 @@ def vae(data: Json) -> VAEConfig:
         channels=tuple(data["block_out_channels"]),
         resnets=data.get("layers_per_block", 2),
         norm_groups=data.get("norm_num_groups", 32),
-        scaling=data.get("scaling_factor", 0.18215),
+        scaling=float(data.get("scaling_factor", 0.18215)),
     )
 
 

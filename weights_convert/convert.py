@@ -151,7 +151,10 @@ def plan_all(found: Found, source: Path) -> dict[str, Plan]:
     _check_spec(found, source)
     plans, trouble = {}, [f"has an unexpected {name}" for name in found.leftover]
     for part in found.parts:
-        wanted = targets(found.spec, part.name)
+        try:
+            wanted = targets(found.spec, part.name)
+        except ValueError as error:
+            raise ValueError(f"{source}: {part.name}: {error}") from error
         plans[part.name], more = plan(wanted, part.layout, part.weights, part.rename)
         trouble += [f"{part.name}: {line}" for line in more]
     if trouble:

@@ -197,7 +197,9 @@ def _from_folder(folder: Path, asked: ModelSpec | None, prefer: str) -> Part:
     """A network from config.json and its file."""
     data = _json(folder / "config.json")
     classes = data.get("architectures")
-    first = classes[0] if classes and isinstance(classes, list) else None
+    if not isinstance(classes, list | None):
+        raise ValueError(f"{folder / 'config.json'}: architectures must be a list, got {classes}")
+    first = classes[0] if classes else None
     kind = data.get("_class_name") or first or _MODEL_TYPES.get(str(data.get("model_type")))
     makers: dict[Any, tuple[str, Callable[..., Any], Callable[..., Layout]]] = {
         "UNet2DConditionModel": ("backbone", configs.unet, tables.unet_diffusers),
