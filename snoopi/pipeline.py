@@ -291,7 +291,10 @@ class Pipeline:
             mask = mask if read is None else read
             pooled = out.pooled if text.pooled else pooled
         native = (self.spec.latent_size, self.spec.latent_size)
-        return self._sized(Conditioning(torch.cat(features, dim=-1), mask, pooled), native)
+        tokens = torch.cat(features, dim=-1)
+        if self.backbone is not None:  # T5-XXL may be stored in bf16 beside an fp32 backbone
+            tokens = tokens.to(self._dtype(self.backbone))
+        return self._sized(Conditioning(tokens, mask, pooled), native)
 
     def _sized(self, cond: Conditioning, latent: Sequence[int]) -> Conditioning:
         """With the size ids [b 6] or [b 3] of a whole picture of latent (h, w), if any are read."""
@@ -498,11 +501,19 @@ def _read(folder: Path, kind: Any, what: str, other: str) -> tuple[Any, dict[str
             f"snoopi.pipeline.{other} reads it"
         )
     try:
-        spec = kind.from_json(model)
-        _check_sizes(dataclasses.asdict(spec), "model")
-        return spec, provenance
+        return parse_spec(kind, model), provenance
     except (ValueError, ArithmeticError) as error:  # a config divides by its own numbers
         raise ValueError(f"{path}: {error}") from error
+
+
+def parse_spec(kind: Any, data: Any) -> Any:
+    """A ModelSpec or ToolSpec from snoopi.json's plain data, its types and sizes checked.
+
+    Raises ValueError, or the ArithmeticError of a config that divides by a number of its own.
+    """
+    spec = kind.from_json(data)
+    _check_sizes(dataclasses.asdict(spec), "model")
+    return spec
 
 
 def _check_sizes(value: Any, where: str) -> None:

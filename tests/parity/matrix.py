@@ -13,13 +13,34 @@ def record(architecture: str, layout: str, error: float) -> None:
 
 
 def lines() -> list[str]:
-    """The table; '.' where a layout does not exist for an architecture."""
-    rows = list(dict.fromkeys(row for row, _ in RECORDS))
-    columns = list(dict.fromkeys(column for _, column in RECORDS))
+    """Layouts down, architectures across; '.' where a layout does not exist for an architecture.
+
+    Architectures that share no layout with others (samplers have none) get a table of their own.
+    """
+    tables: list[list[str]] = []
+    for architecture in dict.fromkeys(name for name, _ in RECORDS):
+        layouts = _layouts([architecture])
+        near = [table for table in tables if layouts & _layouts(table)]
+        tables = [table for table in tables if table not in near]
+        tables.append([name for table in near for name in table] + [architecture])
+    return [line for table in tables for line in (*_table(table), "")]
+
+
+def _layouts(architectures: list[str]) -> set[str]:
+    return {layout for name, layout in RECORDS if name in architectures}
+
+
+def _table(columns: list[str]) -> list[str]:
+    rows = list(dict.fromkeys(layout for name, layout in RECORDS if name in columns))
+    if len(rows) == 1:
+        return [f"{name:24s} {rows[0]}: {_cell(name, rows[0])}" for name in columns]
     width = max(map(len, rows))
-    table = [" " * width + "".join(f"  {column:>12}" for column in columns)]
-    for row in rows:
-        cells = [RECORDS.get((row, column)) for column in columns]
-        texts = ["." if c is None else "equal" if c == 0 else f"{c:.1e}" for c in cells]
-        table.append(row.ljust(width) + "".join(f"  {text:>12}" for text in texts))
-    return table
+    table = [" " * width + "".join(f"  {name:>13}" for name in columns)]
+    return table + [
+        row.ljust(width) + "".join(f"  {_cell(name, row):>13}" for name in columns) for row in rows
+    ]
+
+
+def _cell(architecture: str, layout: str) -> str:
+    error = RECORDS.get((architecture, layout))
+    return "." if error is None else "equal" if error == 0 else f"{error:.1e}"

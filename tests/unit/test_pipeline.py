@@ -18,7 +18,7 @@ from snoopi import zoo
 from snoopi.conditioning import Conditioning
 from snoopi.models.vae import PatchVAE
 from snoopi.noise import Noise
-from snoopi.pipeline import Pipeline, shipped, shipped_or_path
+from snoopi.pipeline import SHIPPED, Pipeline, shipped, shipped_or_path
 from snoopi.worlds.shapes import ShapesWorld
 
 
@@ -310,3 +310,13 @@ def test_pixart_1024_is_told_its_size() -> None:
     side = 128.0 * spec.vae.factor
     assert sizes is not None and sizes.is_floating_point()
     assert sizes.tolist() == [[side, side / 2, 2.0]] * 2
+
+
+def test_parts_of_different_types_draw_together() -> None:
+    """A text encoder in bf16 beside an fp32 backbone, as PixArt's T5 is stored."""
+    pipeline = snoopi.load(SHIPPED / "shapes_teacher")
+    pipeline.text_encoders[0].bfloat16()
+    assert pipeline.encode(["a red star"]).tokens.dtype == torch.float32
+    for guidance in ("nasa", "embed-sub", "cfg"):
+        (picture,) = pipeline("a red star", "blue", guidance=guidance, steps=1)
+        assert picture.size == (32, 32)
