@@ -643,7 +643,8 @@ def _load_tokenizer(folder: Path, spec: ModelSpec, index: int) -> Tokenizer | No
     if not path.is_dir():
         return None
     found, encoder = Tokenizer.load(path), spec.text[index].config
-    sizes = (found.tokenizer.get_vocab_size(), found.max_length)
+    ids = found.tokenizer.get_vocab().values()  # not its size: a file may leave numbers out
+    sizes = (1 + max(ids, default=0), found.max_length)
     if sizes[0] > encoder.vocabulary or sizes[1] > encoder.length:
         raise ValueError(
             f"{path} does not fit its text encoder: expected at most {encoder.vocabulary} words "

@@ -174,6 +174,14 @@ def more_words(folder: Path) -> None:
     path.write_text(json.dumps(data))
 
 
+def a_far_number(folder: Path) -> None:
+    """As many words as before, but one whose id the text encoder has no row for."""
+    path = folder / "tokenizer" / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["model"]["vocab"]["red"] = 1000
+    path.write_text(json.dumps(data))
+
+
 DAMAGES: list[tuple[Callable[[Path], object], tuple[str, ...]]] = [
     (be_empty, ("holds no snoopi.json",)),
     (be_a_file, ("is a file",)),
@@ -215,6 +223,7 @@ DAMAGES: list[tuple[Callable[[Path], object], tuple[str, ...]]] = [
     (bad_tokenizer, ("tokenizer.json", "not a tokenizer file")),
     (no_tokenizer, ("holds no tokenizer.json",)),
     (more_words, ("does not fit its text encoder", "expected at most")),
+    (a_far_number, ("does not fit its text encoder", "got 1001")),
 ]
 
 
