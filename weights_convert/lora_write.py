@@ -21,7 +21,7 @@ from weights_convert.lora_names import DIALECTS, PEFT, Modules, flat
 
 
 def write_lora(lora: Lora, path: Path | str, dialect: str) -> None:
-    """Write a LoRA: a .safetensors file, or for "peft" a folder (of one for each network, if several).
+    """Write a LoRA: a .safetensors file, or for "peft" a folder (one for each of several networks).
 
     dialect: "diffusers" (alpha in the metadata, where load_lora_weights reads it), "peft", "kohya"
     (diffusers' module names), "kohya-sgm" (a UNet in the SGM repository's names) or "snoopi".
