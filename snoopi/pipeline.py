@@ -501,11 +501,19 @@ def _read(folder: Path, kind: Any, what: str, other: str) -> tuple[Any, dict[str
             f"snoopi.pipeline.{other} reads it"
         )
     try:
-        spec = kind.from_json(model)
-        _check_sizes(dataclasses.asdict(spec), "model")
-        return spec, provenance
+        return parse_spec(kind, model), provenance
     except (ValueError, ArithmeticError) as error:  # a config divides by its own numbers
         raise ValueError(f"{path}: {error}") from error
+
+
+def parse_spec(kind: Any, data: Any) -> Any:
+    """A ModelSpec or ToolSpec from snoopi.json's plain data, its types and sizes checked.
+
+    Raises ValueError, or the ArithmeticError of a config that divides by a number of its own.
+    """
+    spec = kind.from_json(data)
+    _check_sizes(dataclasses.asdict(spec), "model")
+    return spec
 
 
 def _check_sizes(value: Any, where: str) -> None:
@@ -635,7 +643,8 @@ def _load_tokenizer(folder: Path, spec: ModelSpec, index: int) -> Tokenizer | No
     if not path.is_dir():
         return None
     found, encoder = Tokenizer.load(path), spec.text[index].config
-    sizes = (found.tokenizer.get_vocab_size(), found.max_length)
+    ids = found.tokenizer.get_vocab().values()  # not its size: a file may leave numbers out
+    sizes = (1 + max(ids, default=0), found.max_length)
     if sizes[0] > encoder.vocabulary or sizes[1] > encoder.length:
         raise ValueError(
             f"{path} does not fit its text encoder: expected at most {encoder.vocabulary} words "

@@ -46,6 +46,7 @@ class Tokenizer:
             )
         if tokenizer.id_to_token(padding["pad_id"]) is None:
             raise ValueError(f"{FILE}: the padding id {padding['pad_id']} is not in its vocabulary")
+        _try_out(tokenizer)
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """ids int64 [b n] and mask bool [b n], True = a token of the prompt (bos and eos too).
@@ -72,8 +73,10 @@ class Tokenizer:
 
     def unknown(self, text: str) -> list[str]:
         """The words of a text that the vocabulary lacks (they all become one unknown token)."""
-        row = self.tokenizer.encode(text)
         unk = self.tokenizer.token_to_id("<unk>")
+        if unk is None:
+            return []
+        row = self.tokenizer.encode(text)
         return [text[a:b] for i, (a, b) in zip(row.ids, row.offsets, strict=True) if i == unk]
 
     def cut(self, text: str) -> str | None:
@@ -163,6 +166,16 @@ def _fixed(hf: HFTokenizer, length: int, pad_id: int) -> HFTokenizer:
     hf.enable_truncation(length)
     hf.enable_padding(length=length, pad_id=pad_id, pad_token=hf.id_to_token(pad_id))
     return hf
+
+
+def _try_out(hf: HFTokenizer) -> None:
+    """ValueError for a tokenizer whose parts do not fit: it would fail at the first prompt."""
+    try:
+        hf.encode("a \u2603 " * 200)  # words, perhaps an unknown one, a cut
+    except BaseException as error:  # the tokenizers package raises bare Exception, or panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{FILE} cannot be used: {error}") from error
 
 
 def _least(hf: HFTokenizer) -> int:

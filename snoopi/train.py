@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from snoopi.noise import Noise
 from snoopi.pictures import write_atomically
 from snoopi.pipeline import SHIPPED, Pipeline, load, shipped, shipped_or_path
 from snoopi.runlog import RunLog, read
+from snoopi.tokenize import PromptCut
 from snoopi.trainers import Distiller, TeacherTrainer, Trainer, VAETrainer
 
 DEFAULT = "pgsb_shapes_gap"
@@ -91,7 +93,8 @@ def _command(options: argparse.Namespace) -> None:
         print(_plan(config, out))
     else:
         group = config.parallel.shard == "always"
-        with parallel.session(config.run.device, group) as device:
+        with parallel.session(config.run.device, group) as device, warnings.catch_warnings():
+            warnings.simplefilter("ignore", PromptCut)  # _say_unread has told it
             run(config, out, device, resume=options.resume)
 
 
@@ -166,7 +169,7 @@ def _trainer(config: Config, device: torch.device, source: Path | None) -> Train
     student = None if init == "teacher" else _load("model.student_init", Path(init))
     trainer = Distiller(config, device, _load("model.teacher", source), student)
     if trainer.prompts is not None:
-        _say_unknown(trainer.prompts, trainer.teacher)
+        _say_unread(trainer.prompts, trainer.teacher)
     return trainer
 
 
@@ -189,13 +192,20 @@ def _load(key: str, folder: Path) -> Pipeline:
     return found
 
 
-def _say_unknown(prompts: PromptList, teacher: Pipeline) -> None:
-    """Say once which words of the prompts a small vocabulary reads as one unknown word."""
-    for tokenizer in filter(None, teacher.tokenizers):
-        words = sorted({word for text in prompts.prompts for word in tokenizer.unknown(text)})
+def _say_unread(prompts: PromptList, teacher: Pipeline) -> None:
+    """Say once which words of the prompts are not read: unknown ones, and those past the length."""
+    for spec, tokenizer in zip(teacher.spec.text, teacher.tokenizers, strict=True):
+        if tokenizer is None:
+            continue
+        texts = [spec.prepare(text) for text in prompts.prompts]
+        words = sorted({word for text in texts for word in tokenizer.unknown(text)})
         if words:
             more = f" and {len(words) - 10} more" if len(words) > 10 else ""
             _say(f"{prompts.path}: not in the vocabulary: {', '.join(words[:10])}{more}")
+        first = texts[:10_000]  # of millions, a part tells it as well
+        cut = [line for text in first if (line := tokenizer.cut(text)) is not None]
+        if cut:
+            _say(f"{prompts.path}: {len(cut)} of its first {len(first)} prompts: {cut[0]}")
 
 
 def fit(trainer: Trainer, config: Config, out: Path, observer: Observer, *, resume: bool) -> None:

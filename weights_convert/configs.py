@@ -40,6 +40,7 @@ _UNET_ONLY: dict[str, tuple[Any, ...]] = {
     "norm_eps": (1e-5,),
     "num_class_embeds": (None,),
     "only_cross_attention": (False,),
+    "resnet_out_scale_factor": (1.0,),
     "resnet_time_scale_shift": ("default",),
     "resnet_skip_time_act": (False,),
     "reverse_transformer_layers_per_block": (None,),
@@ -49,6 +50,8 @@ _UNET_ONLY: dict[str, tuple[Any, ...]] = {
 }
 _VAE_ONLY: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),
+    "latents_mean": (None,),
+    "latents_std": (None,),
     "mid_block_add_attention": (True,),
     "shift_factor": (None,),
     "use_post_quant_conv": (True,),
@@ -62,6 +65,13 @@ _DIT_ONLY: dict[str, tuple[Any, ...]] = {
     "norm_type": ("ada_norm_single",),
     "only_cross_attention": (False,),
     "double_self_attention": (False,),
+}
+_MOST_STEPS = 100_000  # a schedule is a table of that many numbers
+_CLIP_ONLY: dict[str, tuple[Any, ...]] = {"layer_norm_eps": (1e-5,)}
+_T5_ONLY: dict[str, tuple[Any, ...]] = {"layer_norm_epsilon": (1e-6,)}
+_SCHEDULE_ONLY: dict[str, tuple[Any, ...]] = {
+    "rescale_betas_zero_snr": (False,),
+    "trained_betas": (None,),
 }
 
 
@@ -128,7 +138,7 @@ def vae(data: Json) -> VAEConfig:
         channels=tuple(data["block_out_channels"]),
         resnets=data.get("layers_per_block", 2),
         norm_groups=data.get("norm_num_groups", 32),
-        scaling=data.get("scaling_factor", 0.18215),
+        scaling=float(data.get("scaling_factor", 0.18215)),
     )
 
 
@@ -155,6 +165,7 @@ def dit(data: Json) -> DiTConfig:
 def clip_text(data: Json) -> CLIPTextConfig:
     """CLIPTextModel's config. Its special ids are wrong in every published file: not read."""
     data = data.get("text_config", data)
+    _check(data, _CLIP_ONLY)
     if data["hidden_act"] not in ("quick_gelu", "gelu"):
         raise ValueError(f"hidden_act must be quick_gelu or gelu, got {data['hidden_act']!r}")
     vocabulary = data.get("vocab_size", 49408)
@@ -178,6 +189,7 @@ def projects(data: Json) -> bool:
 
 def t5(data: Json) -> T5Config:
     """T5EncoderModel's config."""
+    _check(data, _T5_ONLY)
     kind = data.get("feed_forward_proj", "relu")
     if kind != "gated-gelu":
         raise ValueError(f"feed_forward_proj must be gated-gelu (T5 v1.1), got {kind!r}")
@@ -195,15 +207,19 @@ def t5(data: Json) -> T5Config:
 
 def schedule(data: Json) -> Schedule:
     """A scheduler_config.json's betas and prediction type."""
+    _check(data, _SCHEDULE_ONLY)
     prediction = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
     kind = data.get("prediction_type", "epsilon")
-    if kind not in prediction:
+    if not isinstance(kind, str) or kind not in prediction:
         raise ValueError(f"prediction_type {kind!r} is not supported: {', '.join(prediction)}")
+    steps = data.get("num_train_timesteps", 1000)
+    if type(steps) is not int or not 1 <= steps <= _MOST_STEPS:
+        raise ValueError(f"num_train_timesteps must be from 1 to {_MOST_STEPS}, got {steps!r}")
     return Schedule(
         betas=data.get("beta_schedule", "linear"),
         beta_start=data.get("beta_start", 1e-4),
         beta_end=data.get("beta_end", 0.02),
-        steps=data.get("num_train_timesteps", 1000),
+        steps=steps,
         prediction=prediction[kind],  # type: ignore[arg-type]
     )
 

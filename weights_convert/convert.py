@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ import torch
 
 import snoopi
 from snoopi.errors import writing
-from snoopi.pipeline import FORMAT, SPEC_FILE
+from snoopi.pipeline import FORMAT, SPEC_FILE, parse_spec
 from snoopi.tokenize import Tokenizer
 from snoopi.zoo import ModelSpec, TextSpec, ToolSpec, build
 from weights_convert.detect import detect
@@ -23,6 +25,11 @@ from weights_convert.found import Found, Part
 from weights_convert.rules import Plan, Shape, plan, trouble_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# What a network has several of: each takes a tensor or more.
+_COUNTS = ("layers", "resnets", "depth", "mid_depth", "convs", "encoder_blocks", "decoder_blocks")
+_MAY_BE_0 = ("depth", "mid_depth", "eos_id")
+_HARMLESS = {True: 100, False: 10_000}  # counts and sizes up to here, whatever the weights hold
 
 # SHA-256 of published files, as far as it is known: its beginning and end.
 PUBLISHED = (
@@ -141,14 +148,47 @@ def targets(spec: ModelSpec | ToolSpec, part: str) -> dict[str, Shape]:
 
 def plan_all(found: Found, source: Path) -> dict[str, Plan]:
     """The plan of every part; ValueError lists the trouble of all of them."""
+    _check_spec(found, source)
     plans, trouble = {}, [f"has an unexpected {name}" for name in found.leftover]
     for part in found.parts:
-        wanted = targets(found.spec, part.name)
+        try:
+            wanted = targets(found.spec, part.name)
+        except ValueError as error:
+            raise ValueError(f"{source}: {part.name}: {error}") from error
         plans[part.name], more = plan(wanted, part.layout, part.weights, part.rename)
         trouble += [f"{part.name}: {line}" for line in more]
     if trouble:
         raise ValueError(trouble_line(f"{source} does not fit {found.spec.arch}", trouble))
     return plans
+
+
+def _check_spec(found: Found, source: Path) -> None:
+    """ValueError where a config's sizes are none, or claim more than the weights can hold.
+
+    Before a network is built of them: even on the meta device a billion layers take memory.
+    """
+    try:
+        parse_spec(type(found.spec), found.spec.to_json())
+    except (ValueError, ArithmeticError) as error:
+        raise ValueError(f"{source}: {error}") from error
+    for part in found.parts:
+        shapes = [entry.shape for entry in part.weights.values()]
+        widest = max((n for shape in shapes for n in shape), default=0)
+        for name, value in dataclasses.asdict(part.config).items():
+            where = f"{source}: {part.name}.{name}"
+            numbers = value if isinstance(value, tuple) else (value,)
+            sizes = [n for n in numbers if type(n) is int]
+            least = 0 if name in _MAY_BE_0 else 1
+            if not numbers or any(n < least for n in sizes):
+                raise ValueError(f"{where} must be at least {least}, got {value}")
+            if type(value) is float and not 0 < value < math.inf:
+                raise ValueError(f"{where} must be positive, got {value}")
+            many = sum(sizes) > len(shapes) if name in _COUNTS else max(sizes, default=0) > widest
+            if many and max(sizes) > _HARMLESS[name in _COUNTS]:
+                raise ValueError(
+                    f"{where} = {value} is more than its weights can hold "
+                    f"({len(shapes)} tensors, the widest of {widest})"
+                )
 
 
 def _write_part(part: Part, how: Plan, folder: Path, dtype: torch.dtype | None) -> Written:

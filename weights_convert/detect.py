@@ -196,8 +196,11 @@ def component_file(folder: Path, prefer: str) -> Path:
 def _from_folder(folder: Path, asked: ModelSpec | None, prefer: str) -> Part:
     """A network from config.json and its file."""
     data = _json(folder / "config.json")
-    kind = data.get("_class_name") or next(iter(data.get("architectures") or ()), None)
-    kind = kind or _MODEL_TYPES.get(str(data.get("model_type")))
+    classes = data.get("architectures")
+    if not isinstance(classes, list | None):
+        raise ValueError(f"{folder / 'config.json'}: architectures must be a list, got {classes}")
+    first = classes[0] if classes else None
+    kind = data.get("_class_name") or first or _MODEL_TYPES.get(str(data.get("model_type")))
     makers: dict[Any, tuple[str, Callable[..., Any], Callable[..., Layout]]] = {
         "UNet2DConditionModel": ("backbone", configs.unet, tables.unet_diffusers),
         "PixArtTransformer2DModel": ("backbone", configs.dit, tables.dit_diffusers),
@@ -208,14 +211,14 @@ def _from_folder(folder: Path, asked: ModelSpec | None, prefer: str) -> Part:
         "T5EncoderModel": ("text_encoder", configs.t5, tables.t5_hf),
         "T5ForConditionalGeneration": ("text_encoder", configs.t5, tables.t5_hf),
     }
-    if kind not in makers:
+    if not isinstance(kind, str) or kind not in makers:
         near = ", ".join(makers)
         raise ValueError(f"{folder / 'config.json'}: {kind!r} is not one of {near}")
     name, config, layout = makers[kind]
     weights = open_weights(component_file(folder, prefer), prefer)
     try:
         sizes = config(data)
-    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{folder / 'config.json'}: {_reason(error)}") from error
     files = (weights.path, *(f for f in weights.files if f != weights.path))
     return Part(name, sizes, weights.entries, layout(), files)

@@ -12,15 +12,13 @@ import torch
 from torch import nn
 
 from snoopi import lora as adapters
-from snoopi.pipeline import SPEC_FILE, read_spec
 from snoopi.report import text_table
-from snoopi.zoo import ModelSpec, preset
 from weights_convert.convert import DTYPES
 from weights_convert.lora_extract import Extraction, extract
-from weights_convert.lora_files import Factor, Lora, read_lora
+from weights_convert.lora_files import Factor, Lora, read_lora, spec_of
 from weights_convert.lora_merge import merge
 from weights_convert.lora_names import DIALECTS
-from weights_convert.lora_write import write_lora
+from weights_convert.lora_write import check_target, write_lora
 from weights_convert.rules import cast
 
 __all__ = [
@@ -34,6 +32,7 @@ __all__ = [
     "load_lora",
     "merge",
     "read_lora",
+    "spec_of",
     "write_lora",
 ]
 
@@ -80,13 +79,6 @@ def cast_lora(lora: Lora, dtype: torch.dtype | None) -> Lora:
     return dataclasses.replace(lora, parts=parts)
 
 
-def spec_of(arch: str) -> ModelSpec:
-    """The model that --arch names: a preset, or a model folder (or its snoopi.json)."""
-    path = Path(arch)
-    folder = path.parent if path.name == SPEC_FILE else path
-    return read_spec(folder)[0] if (folder / SPEC_FILE).is_file() else preset(arch)
-
-
 # --- commands -------------------------------------------------------------------------------------
 
 
@@ -111,6 +103,7 @@ def add_parsers(kinds: Any) -> None:
         metavar="S",
         help="strength: once for all LoRAs, or once for each in their order; None: 1",
     )
+    add("--arch", metavar="NAME", help="the recipe it becomes (lcm-lora-sd15); None: SRC's own")
     _reading(add)
 
     add = _parser(kinds, "extract", "a LoRA from two full checkpoints", _extract)
@@ -153,7 +146,15 @@ def _lora(options: argparse.Namespace) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     scales = options.scale or [1.0]
-    read = merge(options.source, options.loras, options.target, scales, options.part, options.alpha)
+    read = merge(
+        options.source,
+        options.loras,
+        options.target,
+        scales,
+        options.arch,
+        options.part,
+        options.alpha,
+    )
     for path, lora in zip(options.loras, read, strict=True):
         print(_text(path, lora))
     print(f"wrote {options.target} (scale {', '.join(f'{s:g}' for s in scales)})")
@@ -181,6 +182,7 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _extract(options: argparse.Namespace) -> None:
+    check_target(options.target, options.to)  # before minutes of work
     result = extract(options.base, options.tuned, options.rank, options.arch, options.part)
     lora = cast_lora(result.lora(), DTYPES[options.dtype])
     write_lora(lora, options.target, options.to)

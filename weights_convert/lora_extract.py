@@ -85,6 +85,8 @@ def extract(
     """
     if rank < 1:
         raise ValueError(f"the rank must be at least 1, got {rank}")
+    folders = [str(path) for path in (base, tuned) if (Path(path) / SPEC_FILE).is_file()]
+    arch = arch or next(iter(folders), None)  # a model folder tells what the other one is
     spec, ours = _open(Path(base), arch)
     _, theirs = _open(Path(tuned), arch)
     result = Extraction(spec, (*(2**i for i in range((rank - 1).bit_length())), rank))
@@ -102,7 +104,7 @@ def _open(path: Path, arch: str | None) -> tuple[ModelSpec, dict[str, Mapping[st
     if not (path / SPEC_FILE).is_file():
         found = detect(path, arch)
         if not isinstance(found.spec, ModelSpec):
-            raise ValueError(f"{path} holds {found.spec.arch}, not a model that makes pictures")
+            raise ValueError(f"{path} is of tools (networks that measure), not of a model")
         plans = plan_all(found, path)
         return found.spec, {p.name: plans[p.name].forward(p.weights, None) for p in found.parts}
     spec, _ = read_spec(path)
@@ -156,6 +158,7 @@ def _extract_part(
     part: str, ours: Mapping[str, Entry], theirs: Mapping[str, Entry], result: Extraction
 ) -> None:
     shapes = Modules(result.spec, part).shapes
+    factors: dict[str, Factor] = {}
     for name, entry in ours.items():
         module, kind = name.rpartition(".")[::2]
         held = kind == "weight" and module in shapes
@@ -163,12 +166,13 @@ def _extract_part(
         if difference is None:
             result.equal[part] = result.equal.get(part, 0) + held
         elif held:
-            factor, kept, total = _low_rank(difference, result.ranks)
-            result.parts.setdefault(part, {})[module] = factor
-            found = Module(part, module, entry.shape, factor.rank, kept, total)
-            result.modules.append(found)
+            factors[module], kept, total = _low_rank(difference, result.ranks)
+            rank = factors[module].rank
+            result.modules.append(Module(part, module, entry.shape, rank, kept, total))
         else:
             result.unheld[f"{part}.{name}"] = float(difference.double().norm())
+    if factors:  # in the network's order, not the file's
+        result.parts[part] = {name: factors[name] for name in shapes if name in factors}
 
 
 def _difference(name: str, ours: Entry, theirs: Entry) -> Tensor | None:

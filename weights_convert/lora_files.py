@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from snoopi.zoo import ModelSpec, preset
+from snoopi.pipeline import SPEC_FILE, read_spec
+from snoopi.zoo import ModelSpec, model
 from weights_convert.files import Entry, Weights, open_weights
 from weights_convert.lora_names import (
     BUFFERS,
@@ -108,7 +109,7 @@ def read_lora(
     Raises ValueError listing every name that is unknown, doubled, lacks its other half, has a wrong
     shape or is not finite, and naming adapters that are no plain LoRA (DoRA, LoHa, LoKr, ...).
     """
-    spec = preset(spec) if isinstance(spec, str) else spec
+    spec = model(spec) if isinstance(spec, str) else spec
     if part is not None and part not in spec.parts():
         raise ValueError(f"{spec.arch} has no part {part!r}; it has {', '.join(spec.parts())}")
     if alpha is not None:
@@ -118,6 +119,13 @@ def read_lora(
     for source in _sources(path):
         reader.take(source)
     return reader.lora(alpha)
+
+
+def spec_of(arch: str) -> ModelSpec:
+    """The model that --arch names: a preset, or a model folder (or its snoopi.json)."""
+    path = Path(arch)
+    folder = path.parent if path.name == SPEC_FILE else path
+    return read_spec(folder)[0] if (folder / SPEC_FILE).is_file() else model(arch)
 
 
 def _sources(path: Path) -> list[_Source]:

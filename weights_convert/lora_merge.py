@@ -20,7 +20,7 @@ from snoopi.pipeline import FORMAT, SPEC_FILE, read_spec
 from snoopi.zoo import ModelSpec
 from weights_convert.convert import targets
 from weights_convert.files import Entry, open_weights, sha256, write_safetensors
-from weights_convert.lora_files import Factor, Lora, read_lora
+from weights_convert.lora_files import Factor, Lora, read_lora, spec_of
 from weights_convert.rules import cast
 
 # A module's changes, each with its strength.
@@ -32,20 +32,26 @@ def merge(
     loras: Sequence[Path | str],
     target: Path | str,
     scales: Sequence[float] = (1.0,),
+    arch: str | None = None,
     part: str | None = None,
     alpha: float | None = None,
 ) -> list[Lora]:
     """Write the model folder `target`: `source` with LoRAs added to its weights.
 
     W' = W + sum of scale (alpha / rank) up down, in fp32, stored in the dtype of W; one weight is
-    in memory at a time. scales: one for each LoRA, or one for all. part, alpha: see read_lora. The
-    provenance says each LoRA's SHA-256 and scale. Returns the LoRAs.
+    in memory at a time. scales: one for each LoRA, or one for all. arch: the recipe that
+    the merged model is called by, such as lcm-lora-sd15; None: the source's. part, alpha: see
+    read_lora. The provenance says each LoRA's SHA-256 and scale. Returns the LoRAs.
 
     Raises ValueError for a LoRA that is not of this model or changes a network the folder lacks,
     OSError for the disk; then nothing is written.
     """
     source, target = Path(source), Path(target)
     spec, provenance = read_spec(source)
+    merged = spec if arch is None else spec_of(arch)
+    theirs = merged.parts()
+    if other := [name for name, config in spec.parts().items() if theirs.get(name) != config]:
+        raise ValueError(f"{merged.arch} has another {other[0]} than {source}")
     if target.exists():
         raise ValueError(f"{target} exists already: choose another DST")
     if not loras:
@@ -63,7 +69,7 @@ def merge(
     history = [*provenance.get("merged", []), *map(_record, loras, read, scales)]
     data = {
         "format": FORMAT,
-        "model": spec.to_json(),
+        "model": merged.to_json(),
         "provenance": {**provenance, "merged": history, "snoopi": snoopi.__version__},
     }
     with writing(target):

@@ -21,7 +21,7 @@ from weights_convert.lora_names import DIALECTS, PEFT, Modules, flat
 
 
 def write_lora(lora: Lora, path: Path | str, dialect: str) -> None:
-    """Write a LoRA: a .safetensors file, or for "peft" a folder (one inside it a network).
+    """Write a LoRA: a .safetensors file, or for "peft" a folder (one for each of several networks).
 
     dialect: "diffusers" (alpha in the metadata, where load_lora_weights reads it), "peft", "kohya"
     (diffusers' module names), "kohya-sgm" (a UNet in the SGM repository's names) or "snoopi".
@@ -29,15 +29,9 @@ def write_lora(lora: Lora, path: Path | str, dialect: str) -> None:
     disk; then nothing is written.
     """
     path = Path(path)
-    if dialect not in DIALECTS:
-        raise ValueError(f"the dialect must be one of {', '.join(DIALECTS)}, got {dialect!r}")
+    check_target(path, dialect)
     if not any(lora.parts.values()):
         raise ValueError("the LoRA holds no module")
-    if path.exists():
-        raise ValueError(f"{path} exists already: choose another DST")
-    if (dialect == "peft") == (path.suffix == ".safetensors"):
-        what = "a folder" if dialect == "peft" else "a .safetensors file"
-        raise ValueError(f"DST must be {what} for {dialect}, got {path.name}")
     if dialect == "peft":
         _write_peft(lora, path)
         return
@@ -49,6 +43,17 @@ def write_lora(lora: Lora, path: Path | str, dialect: str) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, entries(tensors), {"format": "pt", **lora.metadata, **metadata})
+
+
+def check_target(path: Path, dialect: str) -> None:
+    """ValueError for a dialect there is not, or a path that it cannot be written to."""
+    if dialect not in DIALECTS:
+        raise ValueError(f"the dialect must be one of {', '.join(DIALECTS)}, got {dialect!r}")
+    if path.exists():
+        raise ValueError(f"{path} exists already: choose another DST")
+    if (dialect == "peft") == (path.suffix == ".safetensors"):
+        what = "a folder" if dialect == "peft" else "a .safetensors file"
+        raise ValueError(f"DST must be {what} for {dialect}, got {path.name}")
 
 
 def entries(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:

@@ -174,6 +174,14 @@ def more_words(folder: Path) -> None:
     path.write_text(json.dumps(data))
 
 
+def a_far_number(folder: Path) -> None:
+    """As many words as before, but one whose id the text encoder has no row for."""
+    path = folder / "tokenizer" / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["model"]["vocab"]["red"] = 1000
+    path.write_text(json.dumps(data))
+
+
 DAMAGES: list[tuple[Callable[[Path], object], tuple[str, ...]]] = [
     (be_empty, ("holds no snoopi.json",)),
     (be_a_file, ("is a file",)),
@@ -215,6 +223,7 @@ DAMAGES: list[tuple[Callable[[Path], object], tuple[str, ...]]] = [
     (bad_tokenizer, ("tokenizer.json", "not a tokenizer file")),
     (no_tokenizer, ("holds no tokenizer.json",)),
     (more_words, ("does not fit its text encoder", "expected at most")),
+    (a_far_number, ("does not fit its text encoder", "got 1001")),
 ]
 
 
@@ -436,12 +445,15 @@ def test_unknown_words_are_said_once_and_the_file_is_watched(
     reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, out = tmp_path / "p.jsonl", tmp_path / "out"
-    file.write_text('{"prompt": "a red circle"}\n{"prompt": "a red dragon", "source": "me"}\n')
+    dragon = '{"prompt": "a red dragon", "source": "me"}\n'
+    file.write_text('{"prompt": "a red circle a red circle a red circle a red circle"}\n' + dragon)
     teacher = reference.parent / "debug_teacher" / "model"
     words = [*FAST, "run.steps=2", "evaluate.prompts=0", f"data.prompts={file}"]
     words += [f"model.teacher={teacher}", "--out", str(out)]
     assert train.main(words) == 0
-    assert capsys.readouterr().err.count("not in the vocabulary: dragon") == 1
+    said = capsys.readouterr().err
+    assert said.count("not in the vocabulary: dragon") == 1
+    assert said.count("1 of its first 2 prompts: the prompt is longer than") == 1
     # Batches of 2 of 2 prompts: each step sees both, other runs see other captions.
     assert [r["step"] for r in rows(out)] == [1, 2] and rows(out) != rows(reference)[:2]
     file.write_text('{"prompt": "a red circle"}\n')

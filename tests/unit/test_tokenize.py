@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import snoopi.tokenize
+from snoopi import generate
+from snoopi.pipeline import Pipeline
 from snoopi.tokenize import FILE, PromptCut, Tokenizer, clean, clip_vocabulary
-from snoopi.zoo import PRESETS, TextSpec
+from snoopi.zoo import PRESETS, TextSpec, preset
 
 BOS, EOS = 49406, 49407
 CAT = [BOS, 320, 1125, 539, 320, 2368, EOS]  # published for "a photo of a cat"
@@ -238,6 +240,9 @@ def change(data: dict[str, Any], path: str, value: Any) -> None:
         ("padding.strategy", {"Fixed": 10**9}, "must pad and cut to one length"),
         ("padding.strategy", "BatchLongest", "must pad and cut to one length"),
         ("padding.pad_id", 10**9, "padding id 1000000000 is not in its vocabulary"),
+        ("truncation.stride", 5, "cannot be used: .*stride"),
+        ("model.unk_token", "<none>", "cannot be used: .*UNK"),
+        ("post_processor.single", [{"SpecialToken": {"id": "?", "type_id": 0}}], "cannot be used"),
         ("model", {"type": "BPE"}, "is not a tokenizer file"),
         ("model.vocab", [], "is not a tokenizer file"),
     ],
@@ -260,6 +265,22 @@ def test_a_cut_tokenizer_json(tmp_path: Path) -> None:
         (tmp_path / FILE).write_bytes(data)
         with pytest.raises(ValueError, match="is not a tokenizer file"):
             Tokenizer.load(tmp_path)
+
+
+def test_generate_says_what_is_cut_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], clip: Tokenizer
+) -> None:
+    """SDXL's two tokenizers cut the same words; a prompt that fits is no reason for a line."""
+    pipeline = Pipeline(preset("sdxl"), tokenizers=[clip, Tokenizer.clip(0)])
+    generate._warn_about_words(pipeline, ["a cat", ""])
+    assert capsys.readouterr().err == ""
+    generate._warn_about_words(pipeline, ["cat " * 75 + "red hat", "dog " * 76])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0] == (
+        "snoopi.generate: the prompt is longer than 77 tokens: "
+        "its end is not read (2 tokens: 'red hat')"
+    )
 
 
 # --- T5 -------------------------------------------------------------------------------------------
