@@ -600,7 +600,7 @@ def _save(folder: Path, write: Callable[[Path], None]) -> Path:
         try:
             write(temporary)
             temporary.chmod(0o755)
-            _replace(temporary, folder)
+            put_in_place(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -674,7 +674,7 @@ def _negatives(negative: str | Sequence[str] | None, count: int) -> list[str | N
     return [n or None for n in negative]
 
 
-def _replace(new: Path, old: Path) -> None:
+def put_in_place(new: Path, old: Path) -> None:
     """Put a folder in the place of another; the old one is kept aside until the new one is in."""
     if not old.exists():
         os.rename(new, old)

@@ -16,7 +16,7 @@ import torch
 
 import snoopi
 from snoopi.errors import writing
-from snoopi.pipeline import FORMAT, SPEC_FILE, parse_spec
+from snoopi.pipeline import FORMAT, SPEC_FILE, parse_spec, put_in_place
 from snoopi.tokenize import Tokenizer
 from snoopi.zoo import ModelSpec, TextSpec, ToolSpec, build
 from weights_convert.detect import detect
@@ -122,9 +122,7 @@ def convert(
             _check(found, plans, temporary, DTYPES.get(dtype or ""))
         temporary.chmod(0o755)
         with writing(target):
-            if target.exists():
-                shutil.rmtree(target)
-            temporary.rename(target)
+            put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     verified = [entry["published"] for entry in hashes.values() if "published" in entry]

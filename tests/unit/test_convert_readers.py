@@ -508,6 +508,31 @@ def test_an_existing_target_is_kept(state: dict[str, Tensor], tmp_path: Path) ->
     assert (tmp_path / "other/backbone.safetensors").read_bytes() == before
 
 
+def test_a_model_folder_is_replaced_whole_or_not_at_all(
+    state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "model.safetensors", tmp_path / "model"
+    save_file(state, source)
+    convert(source, target, arch="debug")
+    (target / "notes.txt").write_text("of the old one")
+    rename, calls = os.rename, []
+
+    def failing(a: Any, b: Any) -> None:
+        calls.append(b)
+        if len(calls) == 2:  # the old one is aside, the new one not yet in
+            raise OSError(28, "No space left on device", str(b))
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="No space left"):
+        convert(source, target, arch="debug", overwrite=True)
+    assert (target / "notes.txt").exists() and len(calls) == 3
+    monkeypatch.undo()
+    convert(source, target, arch="debug", overwrite=True)
+    assert not (target / "notes.txt").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.safetensors"]
+
+
 def test_odd_header_lengths_are_read(tmp_path: Path) -> None:
     """The format aligns nothing: tensors may begin at any byte."""
     values = torch.arange(6.0)
