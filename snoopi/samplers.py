@@ -7,6 +7,7 @@ travel in the Conditioning.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -86,7 +87,9 @@ def timesteps(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> 
     if spacing == "leading":
         ratio = schedule.steps // steps
         return [i * ratio + 1 for i in reversed(range(steps))]
-    return [round(schedule.steps - i * schedule.steps / steps) - 1 for i in range(steps)]
+    # The stride as numpy's arange has it: its rounding error decides where a time is a half.
+    stride = schedule.steps - (schedule.steps - schedule.steps / steps)
+    return [round(schedule.steps - i * stride) - 1 for i in range(steps)]
 
 
 def ddim(
@@ -202,7 +205,11 @@ def _tcd(run: Run, z: Tensor, times: Sequence[int], *, eta: float) -> Tensor:
     return x
 
 
-def _ddim(run: Run, z: Tensor, times: Sequence[int], *, spacing: Spacing) -> Tensor:
+def _ddim(
+    run: Run, z: Tensor, times: Sequence[int], *, spacing: Spacing, alpha_one: bool
+) -> Tensor:
+    if list(times) != timesteps(run.schedule, len(times), spacing):
+        raise ValueError(f"this sampler has its own {spacing} times, got {list(times)}")
     return ddim(
         run.backbone,
         run.schedule,
@@ -212,7 +219,7 @@ def _ddim(run: Run, z: Tensor, times: Sequence[int], *, spacing: Spacing) -> Ten
         null=run.null,
         kappa=run.kappa,
         spacing=spacing,
-        alpha_one=spacing == "trailing",
+        alpha_one=alpha_one,
         callback=run.callback,
     )
 
@@ -223,6 +230,8 @@ def _pndm(run: Run, z: Tensor, times: Sequence[int]) -> Tensor:
     The second time comes twice: its first evaluation corrects the first step (Heun-like).
     """
     abar, x, first = run.schedule.alpha_bar(), z, z
+    if list(times) != _pndm_times(run.schedule, len(set(times))):
+        raise ValueError(f"this sampler has its own leading times, got {list(times)}")
     stride = run.schedule.steps // len(set(times))
     past: list[Tensor] = []  # predictions, the newest last
     for i, now in enumerate(times):
@@ -335,7 +344,7 @@ def _linspace_times(schedule: Schedule, steps: int) -> list[int]:
     if not 1 <= steps < schedule.steps:
         raise ValueError(f"steps must be in 1..{schedule.steps - 1}, got {steps}")
     last = schedule.steps - 1
-    return [round(last - i * last / steps) for i in range(steps)]
+    return [round((steps - i) * (last / steps)) for i in range(steps)]
 
 
 def _flow_times(schedule: Schedule, steps: int) -> list[float]:
@@ -355,8 +364,10 @@ _trailing = partial(timesteps, spacing="trailing")
 _leading = partial(timesteps, spacing="leading")
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(partial(_ddim, spacing="trailing"), _trailing),
-    "ddim-leading": Sampler(partial(_ddim, spacing="leading"), _leading),
+    "ddim": Sampler(partial(_ddim, spacing="trailing", alpha_one=True), _trailing),
+    # Ends at abar[0], as under Stable Diffusion's configs (set_alpha_to_one false).
+    "ddim-abar0": Sampler(partial(_ddim, spacing="trailing", alpha_one=False), _trailing),
+    "ddim-leading": Sampler(partial(_ddim, spacing="leading", alpha_one=False), _leading),
     "pndm": Sampler(_pndm, _pndm_times),
     "euler": Sampler(partial(_euler, leading=False, ancestral=False), _trailing),
     "euler-leading": Sampler(partial(_euler, leading=True, ancestral=False), _leading),
@@ -396,5 +407,9 @@ def sample(
         raise ValueError(f"unknown sampler {name!r}; the nearest is {near!r} of {known}")
     sampler = SAMPLERS[name]
     grid = sampler.times(schedule, steps) if times is None else list(times)
+    falling = all(a >= b for a, b in itertools.pairwise(grid))
+    if not grid or not falling or not 0 <= grid[-1] <= grid[0] < schedule.steps + (name == "flow"):
+        most = schedule.steps - 1
+        raise ValueError(f"times must fall, from at most {most} to at least 0, got {grid}")
     run = Run(backbone, schedule, cond, null, kappa, noise, callback)
     return sampler.run(run, z, grid, **options)

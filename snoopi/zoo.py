@@ -313,6 +313,7 @@ RECIPES: dict[str, tuple[ModelSpec, OneStep, float, Mapping[str, Any]]] = {
     "dmd2-sd15": (_SD15, OneStep(abar=_ROUNDED), 0.04, {}),
     "dmd2-sdxl-1step": (_SDXL, OneStep(399), 0.5, {}),
     "dmd2-sdxl-4step": (_SDXL, OneStep(sampler="dmd2", steps=4, times=_DMD2_TIMES), 0.5, {}),
+    "dmd2-sdxl-4step-lora": (_SDXL, OneStep(sampler="dmd2", steps=4, times=_DMD2_TIMES), 0.5, {}),
     "lcm-sdxl": (_LCM_SDXL, dataclasses.replace(_LCM, guidance=8.0), 0.5, {}),
     "lcm-dreamshaper": (_LCM_SD15, dataclasses.replace(_LCM, guidance=8.0), 0.04, {}),
     "lcm-lora-sdxl": (_SDXL, _LCM, 0.5, {}),
@@ -334,7 +335,7 @@ RECIPES: dict[str, tuple[ModelSpec, OneStep, float, Mapping[str, Any]]] = {
     "hyper-sdxl-1step-lora": (_SDXL, OneStep(sampler="tcd"), 0.5, {}),
     "hyper-sd15-1step-lora": (_SD15, OneStep(sampler="tcd"), 0.04, {}),
     **{
-        f"hyper-{name}-{n}steps-lora": (base, OneStep(sampler="ddim", steps=n), strength, {})
+        f"hyper-{name}-{n}steps-lora": (base, OneStep(sampler="ddim-abar0", steps=n), strength, {})
         for name, base, strength in (("sdxl", _SDXL, 0.5), ("sd15", _SD15, 0.04))
         for n in (2, 4, 8)
     },

@@ -81,7 +81,7 @@ VAE: dict[str, Any] = {
     "layers_per_block": 2,
     "latent_channels": 4,
 }
-PIXART: dict[str, Any] = {"sample_size": 64, "interpolation_scale": 1}
+PIXART: dict[str, Any] = {"sample_size": 64, "interpolation_scale": 1, "caption_channels": 4096}
 
 
 # --- random files ---------------------------------------------------------------------------------

@@ -207,8 +207,8 @@ def test_an_exact_network_gives_x0_back(name: str) -> None:
         return x0 - Z if name == "flow" else x0
 
     got = sample(name, net, schedule, Z, COND, steps=4, noise=fresh)
-    # tcd ends at t = 0 and ddim-leading at abar[0]: a little noise is left.
-    left = 0.05 if name in ("tcd", "ddim-leading") else 1e-5
+    # tcd ends at t = 0, two DDIMs at abar[0]: a little noise is left.
+    left = 0.05 if name in ("tcd", "ddim-leading", "ddim-abar0") else 1e-5
     assert (got - x0).square().mean().sqrt() < left
 
 
@@ -232,3 +232,15 @@ def test_samplers_refuse_bad_calls() -> None:
             sample(name, Recorder(), Schedule(), Z, COND, steps=0, noise=fresh)
     with pytest.raises(ValueError, match=r"steps must be in 1..50, got 51"):
         sample("lcm", Recorder(), Schedule(), Z, COND, steps=51, noise=fresh)
+
+
+@pytest.mark.parametrize("times", [[], [1000], [500, 600], [5, -1]])
+def test_impossible_times_are_refused(times: list[int]) -> None:
+    with pytest.raises(ValueError, match="times must fall, from at most 999 to at least 0"):
+        sample("euler", Recorder(), Schedule(), Z, COND, times=times)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddim-leading", "pndm"])
+def test_samplers_on_a_grid_refuse_other_times(name: str) -> None:
+    with pytest.raises(ValueError, match="has its own .* times"):
+        sample(name, Recorder(), Schedule(), Z, COND, times=[800, 300, 10])
