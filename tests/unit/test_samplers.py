@@ -242,5 +242,5 @@ def test_impossible_times_are_refused(times: list[int]) -> None:
 
 @pytest.mark.parametrize("name", ["ddim", "ddim-leading", "pndm"])
 def test_samplers_on_a_grid_refuse_other_times(name: str) -> None:
-    with pytest.raises(ValueError, match="has its own .* times"):
+    with pytest.raises(ValueError, match=r"has its own .* times"):
         sample(name, Recorder(), Schedule(), Z, COND, times=[800, 300, 10])
