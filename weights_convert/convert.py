@@ -103,6 +103,7 @@ def convert(
     found = detect(source, arch, prefer)
     plans = plan_all(found, source)
     tokenizers = _tokenizers(found)
+    _check_twins(found, source)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -158,6 +159,16 @@ def plan_all(found: Found, source: Path) -> dict[str, Plan]:
     if trouble:
         raise ValueError(trouble_line(f"{source} does not fit {found.spec.arch}", trouble))
     return plans
+
+
+def _check_twins(found: Found, source: Path) -> None:
+    """T5's embedding has two names: one is left out, so they must hold the same values."""
+    one, other = "shared.weight", "encoder.embed_tokens.weight"
+    for part in found.parts:
+        if one in part.weights and other in part.weights:
+            a, b = part.weights[one].read(), part.weights[other].read()
+            if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a, b):
+                raise ValueError(f"{source}: {part.name}: {one} and {other} differ, expected one")
 
 
 def _check_spec(found: Found, source: Path) -> None:

@@ -187,18 +187,15 @@ def from_open_clip(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     return image, text
 
 
-@pytest.mark.parametrize("quick", [True, False])
-@pytest.mark.parametrize("head_dim", HEADS)
-def test_both_towers_equal_open_clip(head_dim: int, quick: bool) -> None:
-    open_clip = oracle.package("open_clip")
-    image, text = configs(head_dim, "quick_gelu" if quick else "gelu")
-    theirs = open_clip.CLIP(
+def open_clip_model(image: CLIPVisionConfig, text: CLIPTextConfig) -> Any:
+    """open_clip's model of these sizes, randomised."""
+    theirs = oracle.package("open_clip").CLIP(
         embed_dim=image.projection,
         vision_cfg={
             "image_size": image.image_size,
             "layers": image.layers,
             "width": image.width,
-            "head_width": head_dim,
+            "head_width": image.width // image.heads,
             "patch_size": image.patch,
             "mlp_ratio": image.mlp_width / image.width,
         },
@@ -210,9 +207,16 @@ def test_both_towers_equal_open_clip(head_dim: int, quick: bool) -> None:
             "layers": text.layers,
             "mlp_ratio": text.mlp_width / text.width,
         },
-        quick_gelu=quick,
+        quick_gelu=image.activation == "quick_gelu",
     )
-    oracle.randomise(theirs)
+    return oracle.randomise(theirs)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("head_dim", HEADS)
+def test_both_towers_equal_open_clip(head_dim: int, quick: bool) -> None:
+    image, text = configs(head_dim, "quick_gelu" if quick else "gelu")
+    theirs = open_clip_model(image, text)
     ours = CLIPVision(image).eval(), CLIPText(text).eval()
     for net, state in zip(ours, from_open_clip(theirs.state_dict()), strict=True):
         net.requires_grad_(False).load_state_dict(state, strict=True)

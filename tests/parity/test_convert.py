@@ -459,3 +459,18 @@ def test_what_weights_cannot_say_is_asked_for(tmp_path: Path) -> None:
         convert(source, tmp_path / "model", arch="pixart-512")
     assert not (tmp_path / "model").exists()
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_the_two_names_of_t5s_embedding_must_agree(tmp_path: Path) -> None:
+    nets = tiny.components("pixart-512")
+    source = tiny.save_folder("pixart-512", nets, tmp_path / "source", "safetensors")
+    text = source / "text_encoder" / "model.safetensors"
+    tensors = load_file(text)
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].clone()
+    save_file(tensors, text)
+    convert(source, tmp_path / "model", check=True)
+    tensors["encoder.embed_tokens.weight"][3, 5] += 1
+    save_file(tensors, text)
+    with pytest.raises(ValueError, match=r"shared.weight and .*embed_tokens.weight differ"):
+        convert(source, tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "source"]

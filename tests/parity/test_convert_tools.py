@@ -74,29 +74,8 @@ def test_a_hugging_face_clip(activation: str, layout: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("nested", [False, True], ids=["open_clip", "HPSv2"])
 def test_an_open_clip_file(nested: bool, tmp_path: Path) -> None:
-    open_clip = oracle.package("open_clip")
     image, text = test_clip_vision.configs(80, "gelu")
-    theirs = open_clip.CLIP(
-        embed_dim=image.projection,
-        vision_cfg={
-            "image_size": image.image_size,
-            "layers": image.layers,
-            "width": image.width,
-            "head_width": image.width // image.heads,
-            "patch_size": image.patch,
-            "mlp_ratio": image.mlp_width / image.width,
-        },
-        text_cfg={
-            "context_length": text.length,
-            "vocab_size": text.vocabulary,
-            "width": text.width,
-            "heads": text.heads,
-            "layers": text.layers,
-            "mlp_ratio": text.mlp_width / text.width,
-        },
-        quick_gelu=False,
-    )
-    theirs = oracle.randomise(theirs)
+    theirs = test_clip_vision.open_clip_model(image, text)
     state = theirs.state_dict()
     torch.save({"state_dict": state, "epoch": 2} if nested else state, tmp_path / "model.pt")
     arch = tmp_path / "arch"
