@@ -228,7 +228,7 @@ def test_kill_9_at_random_moments(warm: Warm, out: Path, reference: Path) -> Non
         command.until(lambda c=command, n=now: n() or c.poll() is not None)
         if command.poll() is None:
             command.send(signal.SIGKILL)
-            assert command.wait() == -signal.SIGKILL
+        if command.wait() == -signal.SIGKILL:  # else it had ended before the signal came
             kills += 1
             steps_at_death.append(row_count(out))
         else:

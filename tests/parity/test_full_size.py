@@ -104,7 +104,8 @@ class Values:
             values = self.block.repeat(-(-count // size))[:count]
         values = values.view(shape)
         if len(shape) > 1:
-            scale = 1.0 if "embed" in name and len(shape) == 2 else shape[1:].numel() ** -0.5
+            token = name.endswith(("embedding.weight", "shared.weight"))
+            scale = 1.0 if token else shape[1:].numel() ** -0.5
             return (values * scale).to(dtype)
         return (0.1 * values + (1.0 if name.endswith("weight") else 0.0)).to(dtype)
 
