@@ -397,8 +397,10 @@ def add_parsers(kinds: Any) -> None:
     kind = kinds.add_parser(
         "export",
         help="a model folder into other programs' files",
-        description=export.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="A model folder in another layout. diffusers: a folder that "
+        "DiffusionPipeline.from_pretrained reads; ldm: one .safetensors of SD1, SD2 or SDXL in the "
+        "LDM / SGM names; pixart: the transformer alone in PixArt-alpha's names, .pth or "
+        ".safetensors. Nothing is cast.",
     )
     kind.add_argument("source", type=Path, metavar="SRC", help="a snoopi model folder")
     kind.add_argument("target", type=Path, metavar="DST", help="what to write")
