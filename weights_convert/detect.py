@@ -37,6 +37,20 @@ _SINGLE_TEXT = (
     (tables.SGM_OPENCLIP, 1, True),
 )
 
+# A config.json's class: the part it is, its sizes, its names.
+_CLASSES: dict[str, tuple[str, Callable[..., Any], Callable[..., Layout]]] = {
+    "UNet2DConditionModel": ("backbone", configs.unet, tables.unet_diffusers),
+    "PixArtTransformer2DModel": ("backbone", configs.dit, tables.dit_diffusers),
+    "Transformer2DModel": ("backbone", configs.dit, tables.dit_diffusers),
+    "AutoencoderKL": ("vae", configs.vae, tables.vae_diffusers),
+    "CLIPTextModel": ("text_encoder", configs.clip_text, tables.clip_hf),
+    "CLIPTextModelWithProjection": ("text_encoder", configs.clip_text, tables.clip_hf),
+    "T5EncoderModel": ("text_encoder", configs.t5, tables.t5_hf),
+    "T5ForConditionalGeneration": ("text_encoder", configs.t5, tables.t5_hf),
+}
+# Networks of a diffusers folder that no picture here needs.
+_LEFT_OUT = ("safety_checker", "image_encoder")
+
 
 def detect(source: Path, arch: str | None = None, prefer: str = "ema") -> Found:
     """Recognise a path. arch: a preset, or a snoopi.json (or its folder) whose model this is.
@@ -100,8 +114,11 @@ def _asked(arch: str | None) -> ModelSpec | ToolSpec | None:
     if (path / SPEC_FILE).is_file():
         try:
             return read_spec(path)[0]
-        except ValueError:
-            return read_tools(path)[0]
+        except ValueError as error:
+            try:
+                return read_tools(path)[0]
+            except ValueError:
+                raise error from None
     return preset(arch)
 
 
@@ -123,7 +140,7 @@ def _diffusers(folder: Path, asked: ModelSpec | None, prefer: str) -> Found:
         and (folder / name).is_dir()
         and name not in known
         and any(_weight_files(folder / name))
-        and name not in ("safety_checker", "image_encoder", "feature_extractor")
+        and name not in _LEFT_OUT
     ]
     if strange:
         raise ValueError(f"{folder} holds {', '.join(strange)}, of which snoopi has no network")
@@ -136,8 +153,7 @@ def _diffusers(folder: Path, asked: ModelSpec | None, prefer: str) -> Found:
     spec = _spec({part.name: part.config for part in parts}, asked, schedule, folder)
     tokenizers = [folder / name for name in ("tokenizer", "tokenizer_2")][: len(spec.text)]
     found = [path if path.is_dir() else None for path in tokenizers]
-    safety = (folder / "safety_checker").is_dir()
-    notes = ["left out on purpose: safety_checker"] if safety else []
+    notes = [f"left out on purpose: {name}" for name in _LEFT_OUT if _has(folder, name)]
     says = (schedule or {}).get("prediction_type", "epsilon")
     if schedule and asked and configs.schedule(schedule).prediction != asked.schedule.prediction:
         notes.append(f"scheduler_config.json says {says}; --arch {asked.arch} goes before it")
@@ -201,20 +217,10 @@ def _from_folder(folder: Path, asked: ModelSpec | None, prefer: str) -> Part:
         raise ValueError(f"{folder / 'config.json'}: architectures must be a list, got {classes}")
     first = classes[0] if classes else None
     kind = data.get("_class_name") or first or _MODEL_TYPES.get(str(data.get("model_type")))
-    makers: dict[Any, tuple[str, Callable[..., Any], Callable[..., Layout]]] = {
-        "UNet2DConditionModel": ("backbone", configs.unet, tables.unet_diffusers),
-        "PixArtTransformer2DModel": ("backbone", configs.dit, tables.dit_diffusers),
-        "Transformer2DModel": ("backbone", configs.dit, tables.dit_diffusers),
-        "AutoencoderKL": ("vae", configs.vae, tables.vae_diffusers),
-        "CLIPTextModel": ("text_encoder", configs.clip_text, tables.clip_hf),
-        "CLIPTextModelWithProjection": ("text_encoder", configs.clip_text, tables.clip_hf),
-        "T5EncoderModel": ("text_encoder", configs.t5, tables.t5_hf),
-        "T5ForConditionalGeneration": ("text_encoder", configs.t5, tables.t5_hf),
-    }
-    if not isinstance(kind, str) or kind not in makers:
-        near = ", ".join(makers)
+    if not isinstance(kind, str) or kind not in _CLASSES:
+        near = ", ".join(_CLASSES)
         raise ValueError(f"{folder / 'config.json'}: {kind!r} is not one of {near}")
-    name, config, layout = makers[kind]
+    name, config, layout = _CLASSES[kind]
     weights = open_weights(component_file(folder, prefer), prefer)
     try:
         sizes = config(data)
