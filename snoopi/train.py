@@ -153,7 +153,8 @@ def _check_unused(out: Path, resume: bool) -> None:
 def _tidy(out: Path) -> None:
     """Remove what a killed run was writing under another name; all of it is written anew."""
     if parallel.is_main():
-        for pattern in (*(f".{name}.*" for name in _WRITTEN), "samples/.*.png.*"):
+        states = ("state/.partial-*", "state/.gone-*")
+        for pattern in (*(f".{name}.*" for name in _WRITTEN), "samples/.*.png.*", *states):
             for left in out.glob(pattern):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
