@@ -19,8 +19,9 @@ if __name__ == "__main__":
 
 import torch
 
+from snoopi.folders import shipped_or_path
 from snoopi.pictures import save_png
-from snoopi.pipeline import MODES, Pipeline, load, shipped_or_path
+from snoopi.pipeline import MODES, Pipeline, load
 from snoopi.tokenize import PromptCut
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

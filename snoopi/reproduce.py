@@ -21,8 +21,9 @@ from snoopi import config as recipes
 from snoopi import errors
 from snoopi.evaluate.negatives import METHODS, GuidanceTable, guidance_table
 from snoopi.evaluate.world import gap_closed
+from snoopi.folders import shipped, shipped_or_path
 from snoopi.pictures import write_atomically
-from snoopi.pipeline import load, shipped, shipped_or_path
+from snoopi.pipeline import load
 from snoopi.report import guidance_text, text_table
 
 RECIPES = ("pgsb_shapes", "pgsb_shapes_gap")

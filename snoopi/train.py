@@ -31,9 +31,10 @@ from snoopi import parallel, runstate, zoo
 from snoopi.config import Config
 from snoopi.data import PromptList
 from snoopi.final import OBSERVERS, Observer
+from snoopi.folders import SHIPPED, shipped, shipped_or_path
 from snoopi.noise import Noise
 from snoopi.pictures import write_atomically
-from snoopi.pipeline import SHIPPED, Pipeline, load, shipped, shipped_or_path
+from snoopi.pipeline import Pipeline, load
 from snoopi.runlog import RunLog, read
 from snoopi.tokenize import PromptCut
 from snoopi.trainers import Distiller, TeacherTrainer, Trainer, VAETrainer

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +12,7 @@ from typing import Any
 import torch
 
 import snoopi
-from snoopi.errors import writing
-from snoopi.pipeline import FORMAT, SPEC_FILE, parse_spec, put_in_place
+from snoopi.folders import SPEC_FILE, parse_spec, replacing, tokenizer_folder, write_spec
 from snoopi.tokenize import Tokenizer
 from snoopi.zoo import ModelSpec, TextSpec, ToolSpec, build
 from weights_convert.detect import detect
@@ -68,7 +64,6 @@ class Report:
     folder: Path
     arch: str
     parts: Sequence[Written]
-    tokenizers: Sequence[str]
     verified: Sequence[str]
     notes: Sequence[str]
 
@@ -104,31 +99,26 @@ def convert(
     plans = plan_all(found, source)
     tokenizers = _tokenizers(found)
     _check_twins(found, source)
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        parts = [
-            _write_part(part, plans[part.name], temporary, DTYPES.get(dtype or ""))
-            for part in found.parts
-        ]
+    kind = DTYPES.get(dtype or "")
+    with replacing(target) as folder:
+        parts = [_write_part(part, plans[part.name], folder, kind) for part in found.parts]
         for i, tokenizer in enumerate(tokenizers):
             if tokenizer is not None:
-                place = temporary / ("tokenizer" if i == 0 else f"tokenizer_{i + 1}")
-                place.mkdir()
-                tokenizer.save(place)
+                (folder / tokenizer_folder(i)).mkdir()
+                tokenizer.save(folder / tokenizer_folder(i))
         hashes = _hashes(found, source)
-        _write_spec(temporary, found.spec, source, hashes, prefer, dtype)
+        provenance = {
+            "converted_from": source.name,
+            "files": hashes,
+            "prefer": prefer,
+            "dtype": dtype or "as stored",
+            "snoopi": snoopi.__version__,
+        }
+        write_spec(folder, found.spec, provenance)
         if check:
-            _check(found, plans, temporary, DTYPES.get(dtype or ""))
-        temporary.chmod(0o755)
-        with writing(target):
-            put_in_place(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            _check(found, plans, folder, kind)
     verified = [entry["published"] for entry in hashes.values() if "published" in entry]
-    names = [f"tokenizer_{i + 1}" for i, t in enumerate(tokenizers) if t is not None]
-    return Report(target, found.spec.arch, parts, names, verified, found.notes)
+    return Report(target, found.spec.arch, parts, verified, found.notes)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -243,27 +233,6 @@ def _hashes(found: Found, source: Path) -> dict[str, dict[str, Any]]:
                 entry["published"] = name
         hashes[str(path.relative_to(root))] = entry
     return hashes
-
-
-def _write_spec(
-    folder: Path,
-    spec: ModelSpec | ToolSpec,
-    source: Path,
-    hashes: dict[str, dict[str, Any]],
-    prefer: str,
-    dtype: str | None,
-) -> None:
-    provenance = {
-        "converted_from": source.name,
-        "files": hashes,
-        "prefer": prefer,
-        "dtype": dtype or "as stored",
-        "snoopi": snoopi.__version__,
-    }
-    data = {"format": FORMAT, "model": spec.to_json(), "provenance": provenance}
-    path = folder / SPEC_FILE
-    with writing(path):
-        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def _check(found: Found, plans: dict[str, Plan], folder: Path, dtype: torch.dtype | None) -> None:

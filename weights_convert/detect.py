@@ -14,17 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from snoopi.folders import SPEC_FILE, read_spec, read_tools
 from snoopi.models.clip import CLIPTextConfig
 from snoopi.models.dit import DiTConfig
 from snoopi.models.t5 import T5Config
 from snoopi.models.unet import UNetConfig
 from snoopi.models.vae import VAEConfig
-from snoopi.pipeline import SPEC_FILE, read_spec, read_tools
 from snoopi.zoo import PRESETS, ModelSpec, TextSpec, ToolSpec, preset, text_part
 from weights_convert import configs, tables, tools
 from weights_convert.files import INDEX, PICKLED, Entry, Weights, open_weights
 from weights_convert.found import Found, Part
-from weights_convert.rules import Layout
+from weights_convert.rules import Layout, names
 
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _MODEL_TYPES = {"clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
@@ -282,7 +282,7 @@ def _bare(weights: Weights, asked: ModelSpec | None) -> Part:
     if any(re.fullmatch(r"(|base_model\.|model\.)x_embedder\.proj\.weight", key) for key in keys):
         return _pixart(weights, backbone)
     if "pos_embed.proj.weight" in keys:
-        side = _sample_size(path, keys, "pos_embed.pos_embed", 2, backbone)
+        side = _sample_size(path, keys, "pos_embed.pos_embed", backbone)
         sizes = _sizes(
             DiTConfig, lambda: configs.dit_from_shapes(shapes, lambda name: name, side), backbone
         )
@@ -350,25 +350,18 @@ def _pixart(weights: Weights, backbone: Any) -> Part:
     entries = {k: v for k, v in weights.entries.items() if k.startswith(prefix)}
     if strange := [k for k in weights.entries if k not in entries]:
         raise ValueError(f"{weights.path} has an unexpected {strange[0]}")
-    side = _sample_size(weights.path, entries, f"{prefix}pos_embed", 1, backbone)
-    names = {rule.target: rule.source for rule in tables.dit_pixart(DiTConfig()).rules}
+    side = _sample_size(weights.path, entries, f"{prefix}pos_embed", backbone)
+    layout = tables.dit_pixart(DiTConfig(), prefix)
 
     def theirs(name: str) -> str:
-        start = next(s for s in (name, *_beginnings(name)) if s in names)
-        return prefix + names[start] + name[len(start) :]
+        return names([name], layout)[name][0]
 
     shapes = {name: entry.shape for name, entry in entries.items()}
     sizes = _sizes(DiTConfig, lambda: configs.dit_from_shapes(shapes, theirs, side), backbone)
     return Part("backbone", sizes, entries, tables.dit_pixart(sizes, prefix), weights.files)
 
 
-def _beginnings(name: str) -> list[str]:
-    return [name[: m.end()] for m in reversed(list(re.finditer(r"\.", name)))]
-
-
-def _sample_size(
-    path: Path, entries: Mapping[str, Entry], positions: str, axis: int, backbone: Any
-) -> int:
+def _sample_size(path: Path, entries: Mapping[str, Entry], positions: str, backbone: Any) -> int:
     """Latent pixels a side at which a DiT was trained: from its positions, or --arch."""
     if isinstance(backbone, DiTConfig):
         return backbone.sample_size
@@ -411,7 +404,24 @@ def _single(weights: Weights, asked: ModelSpec | None, prefer: str) -> Found:
     used = {key for group in groups.values() for key in group}
     left = [k for k in entries if k not in used and k not in averaged and not _dropped(k)]
     spec = _spec({part.name: part.config for part in parts}, asked, None, weights.path)
-    return Found(spec, parts, [None] * len(spec.text), left)
+    taken = {key for part in parts for key in part.weights}
+    out = [key for key in entries if key not in taken and key not in left]
+    notes = _left_out(out)
+    return Found(spec, parts, [None] * len(spec.text), left, notes)
+
+
+def _left_out(keys: Sequence[str]) -> list[str]:
+    """What of a single file is not taken: one of two spellings of the UNet, and what is none."""
+    kinds = {
+        "model_ema.": "averaged weights",
+        tables.LDM_UNET: "raw UNet weights",
+        "": "of schedules and the like",
+    }
+    counts = dict.fromkeys(kinds.values(), 0)
+    for key in keys:
+        counts[next(kind for start, kind in kinds.items() if key.startswith(start))] += 1
+    said = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    return [f"left out on purpose: {said}"]
 
 
 def _dropped(key: str) -> bool:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,12 @@ from typing import Any
 import torch
 
 from snoopi.errors import writing
+from snoopi.folders import read_spec, replacing, tokenizer_folder
 from snoopi.models.clip import CLIPTextConfig
 from snoopi.models.dit import DiTConfig
 from snoopi.models.t5 import T5Config
 from snoopi.models.unet import UNetConfig
 from snoopi.models.vae import VAEConfig
-from snoopi.pipeline import read_spec
 from snoopi.tokenize import Tokenizer
 from snoopi.zoo import ModelSpec, text_part
 from weights_convert import tables
@@ -147,10 +145,7 @@ def _diffusers(
     spec: ModelSpec, parts: Mapping[str, Mapping[str, Entry]], source: Path, target: Path
 ) -> list[str]:
     index, lines = _index(spec), []
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with replacing(target) as temporary:
         for name, entries in parts.items():
             folder = temporary / _folder_name(spec, name)
             folder.mkdir()
@@ -161,7 +156,7 @@ def _diffusers(
             write_safetensors(folder / f"{stem}.safetensors", entries, {"format": "pt"})
             lines.append(f"{folder.name}: {kind}, {len(entries)} tensors")
         for i in range(len(spec.text)):
-            name = "tokenizer" if i == 0 else f"tokenizer_{i + 1}"
+            name = tokenizer_folder(i)
             if (source / name).is_dir():
                 kind = _write_tokenizer(spec, i, Tokenizer.load(source / name), temporary / name)
                 index[name] = ["transformers", kind]
@@ -170,11 +165,6 @@ def _diffusers(
         _json(temporary / "scheduler/scheduler_config.json", scheduler)
         index["scheduler"] = ["diffusers", scheduler["_class_name"]]
         _json(temporary / "model_index.json", index)
-        temporary.chmod(0o755)
-        with writing(target):
-            temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return [*lines, f"wrote {target} (diffusers, {index['_class_name']})"]
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from snoopi.pipeline import SPEC_FILE, read_spec
+from snoopi.folders import SPEC_FILE, read_spec
 from snoopi.zoo import ModelSpec
 from weights_convert.convert import plan_all, targets
 from weights_convert.detect import detect

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from snoopi.pipeline import SPEC_FILE, read_spec
+from snoopi.folders import SPEC_FILE, read_spec
 from snoopi.zoo import ModelSpec, model
 from weights_convert.files import Entry, Weights, open_weights
 from weights_convert.lora_names import (

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from torch import Tensor
 
 import snoopi
 from snoopi.errors import writing
-from snoopi.pipeline import FORMAT, SPEC_FILE, read_spec
+from snoopi.folders import SPEC_FILE, read_spec, replacing, write_spec
 from snoopi.zoo import ModelSpec
 from weights_convert.convert import targets
 from weights_convert.files import Entry, open_weights, sha256, write_safetensors
@@ -67,28 +65,15 @@ def merge(
             if not (source / f"{name}.safetensors").is_file():
                 raise ValueError(f"{path} changes the {name}, which {source} has not")
     history = [*provenance.get("merged", []), *map(_record, loras, read, scales)]
-    data = {
-        "format": FORMAT,
-        "model": merged.to_json(),
-        "provenance": {**provenance, "merged": history, "snoopi": snoopi.__version__},
-    }
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with replacing(target) as folder:
         for name in spec.parts():
             path = source / f"{name}.safetensors"
             if path.is_file():
-                _merge_part(path, temporary / path.name, _changes(name, read, scales), spec, name)
-        with writing(target):
-            for folder in source.glob("tokenizer*"):
-                shutil.copytree(folder, temporary / folder.name)
-            text = json.dumps(data, indent=2) + "\n"
-            (temporary / SPEC_FILE).write_text(text, encoding="utf-8")
-            temporary.chmod(0o755)
-            temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+                _merge_part(path, folder / path.name, _changes(name, read, scales), spec, name)
+        for tokenizer in source.glob("tokenizer*"):
+            shutil.copytree(tokenizer, folder / tokenizer.name)
+        provenance = {**provenance, "merged": history, "snoopi": snoopi.__version__}
+        write_spec(folder, merged, provenance)
     return read
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import snoopi
-from snoopi.pipeline import SHIPPED
+from snoopi.folders import SHIPPED
 from tests.e2e.commands import ENV
 
 pytestmark = pytest.mark.e2e

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import snoopi
 from snoopi.conditioning import Conditioning
+from snoopi.folders import read_spec
 from snoopi.models.unet import UNetConfig
-from snoopi.pipeline import Pipeline, read_spec
+from snoopi.pipeline import Pipeline
 from snoopi.zoo import preset, text_part
 from tests.parity import matrix, oracle, test_unet, tiny
 from tests.parity.oracle import randn
@@ -263,7 +264,14 @@ def test_a_single_file(name: str, layout: str, tmp_path: Path) -> None:
         torch.save({"state_dict": tensors, "global_step": 5, "epoch": 1}, path)
     else:
         save_file(tensors, path)
-    convert(path, tmp_path / "model", arch=str(spec_file(name, tmp_path)), check=True)
+    arch = str(spec_file(name, tmp_path))
+    report = convert(path, tmp_path / "model", arch=arch, check=True)
+    (note,) = report.notes  # what is left out is said
+    others = 2 if name == "sd15" else 3  # betas, alphas_cumprod, OpenCLIP's logit_scale
+    said = f"{others} of schedules and the like"
+    if layout == "EMA":
+        said = f"2 averaged weights, {len(nets['unet'].state_dict())} raw UNet weights, {said}"
+    assert note == f"left out on purpose: {said}"
     pipeline = snoopi.load(tmp_path / "model")
     compare(name, layout, pipeline, nets)
     assert all(t is not None for t in pipeline.tokenizers)

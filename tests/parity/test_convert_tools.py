@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from snoopi import zoo
-from snoopi.pipeline import load_tools, read_tools
+from snoopi.folders import load_tools, read_tools
 from snoopi.tokenize import Tokenizer
 from tests.parity import matrix, oracle, test_clip_vision
 from tests.parity.oracle import randn

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from snoopi import zoo
+from snoopi.folders import FORMAT
 from snoopi.models.clip import CLIPTextConfig
 from snoopi.models.unet import UNetConfig
 from snoopi.models.vae import VAEConfig
-from snoopi.pipeline import FORMAT
 from snoopi.zoo import ModelSpec, TextSpec
 from weights_convert import tables
 from weights_convert.convert import targets

@@ -20,13 +20,14 @@ LAYERS = (
     {"layers"},
     {"models"},
     {"zoo", "tokenize", "samplers"},
+    {"folders"},
     {"pipeline", "optimize", "methods", "worlds"},
     {"evaluate", "report", "parallel", "data", "runstate", "runlog", "config"},
     {"trainers", "final"},
     {"train", "generate", "evaluate.__main__", "reproduce", "selftest"},
 )
 COMMANDS = len(LAYERS) - 1
-MAY_DISTRIBUTE = 7  # this layer and above
+MAY_DISTRIBUTE = 8  # this layer and above
 THIRD_PARTY = {"torch", "numpy", "safetensors", "tokenizers", "PIL"}
 
 

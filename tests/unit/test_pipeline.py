@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import snoopi
-from snoopi import pipeline as pipeline_module
-from snoopi import zoo
+from snoopi import folders, zoo
 from snoopi.conditioning import Conditioning
+from snoopi.folders import SHIPPED, shipped, shipped_or_path
 from snoopi.models.vae import PatchVAE
 from snoopi.noise import Noise
-from snoopi.pipeline import SHIPPED, Pipeline, shipped, shipped_or_path
+from snoopi.pipeline import Pipeline
 from snoopi.worlds.shapes import ShapesWorld
 
 
@@ -97,7 +97,7 @@ def test_a_save_that_fails_leaves_the_folder_whole(
         tiny().save(folder)
     assert len(calls) == 3
     monkeypatch.undo()
-    monkeypatch.setattr(pipeline_module, "save_file", full)
+    monkeypatch.setattr(folders, "save_file", full)
     with pytest.raises(OSError, match=r"No space left on device: '.*model'"):
         tiny().save(folder)
     assert {p: p.read_bytes() for p in folder.parent.rglob("*") if p.is_file()} == before

@@ -13,7 +13,8 @@ from snoopi import config as recipes
 from snoopi.evaluate.negatives import EVALUATION_SEED
 from snoopi.evaluate.world import Ruler
 from snoopi.final import drawer
-from snoopi.pipeline import SHIPPED, load, read_spec, shipped
+from snoopi.folders import SHIPPED, read_spec, shipped
+from snoopi.pipeline import load
 from snoopi.train import FREE
 from snoopi.worlds.judge import Judge
 from snoopi.worlds.shapes import ShapesWorld

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from snoopi import pipeline, zoo
+from snoopi import folders, pipeline, zoo
 from snoopi.config import Config
 from snoopi.models.clip import CLIPTextConfig
 from snoopi.models.clip_vision import CLIPVision, CLIPVisionConfig
@@ -104,21 +104,21 @@ def same(got: Mapping[str, nn.Module], want: Mapping[str, nn.Module]) -> None:
 
 def test_a_folder_is_what_was_saved(tmp_path: Path) -> None:
     nets = networks()
-    folder = pipeline.save_tools(tmp_path / "clip", TINY, nets, provenance={"source": "here"})
-    found = pipeline.load_tools(folder)
+    folder = folders.save_tools(tmp_path / "clip", TINY, nets, provenance={"source": "here"})
+    found = folders.load_tools(folder)
     same(found, nets)
     assert all(not n.training for n in found.values())
     assert not any(p.requires_grad for n in found.values() for p in n.parameters())
-    assert pipeline.read_tools(folder) == (TINY, {"source": "here"})
+    assert folders.read_tools(folder) == (TINY, {"source": "here"})
     assert json.loads((folder / "snoopi.json").read_text())["model"]["kind"] == "ToolSpec"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip"]
 
 
 def test_half_precision_is_widened_on_the_cpu_unless_asked_for(tmp_path: Path) -> None:
-    folder = pipeline.save_tools(tmp_path / "clip", TINY, networks(), dtype=torch.float16)
+    folder = folders.save_tools(tmp_path / "clip", TINY, networks(), dtype=torch.float16)
 
     def dtypes(dtype: torch.dtype | None) -> set[torch.dtype]:
-        found = pipeline.load_tools(folder, dtype=dtype)
+        found = folders.load_tools(folder, dtype=dtype)
         return {p.dtype for net in found.values() for p in net.parameters()}
 
     assert dtypes(None) == {torch.float32}
@@ -126,21 +126,21 @@ def test_half_precision_is_widened_on_the_cpu_unless_asked_for(tmp_path: Path) -
 
 
 def test_a_part_may_be_absent_but_not_all(tmp_path: Path) -> None:
-    folder = pipeline.save_tools(tmp_path / "clip", TINY, networks())
+    folder = folders.save_tools(tmp_path / "clip", TINY, networks())
     (folder / "text_encoder.safetensors").unlink()
-    assert list(pipeline.load_tools(folder)) == ["image_encoder"]
+    assert list(folders.load_tools(folder)) == ["image_encoder"]
     (folder / "image_encoder.safetensors").unlink()
     with pytest.raises(ValueError, match=r"holds no network: expected image_encoder\.safetensors"):
-        pipeline.load_tools(folder)
+        folders.load_tools(folder)
 
 
 def test_models_and_tools_are_told_apart(tmp_path: Path) -> None:
-    tools = pipeline.save_tools(tmp_path / "clip", TINY, networks())
+    tools = folders.save_tools(tmp_path / "clip", TINY, networks())
     with pytest.raises(ValueError, match=r"expected a ModelSpec, got a ToolSpec; .*load_tools"):
         pipeline.load(tools)
     model = pipeline.Pipeline(zoo.model("debug")).save(tmp_path / "debug")
     with pytest.raises(ValueError, match=r"expected a ToolSpec, got a ModelSpec; .*\.load reads"):
-        pipeline.load_tools(model)
+        folders.load_tools(model)
 
 
 def change(folder: Path, **changes: Any) -> None:
@@ -165,25 +165,25 @@ def change(folder: Path, **changes: Any) -> None:
 def test_a_wrong_config_is_one_clear_error(
     config: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    folder = pipeline.save_tools(tmp_path / "clip", TINY, networks())
+    folder = folders.save_tools(tmp_path / "clip", TINY, networks())
     model = json.loads((folder / "snoopi.json").read_text())["model"]
     model["networks"]["image_encoder"] |= config
     change(folder, networks=model["networks"])
     with pytest.raises(ValueError, match=message):
-        pipeline.load_tools(folder)
+        folders.load_tools(folder)
 
 
 def test_other_mistakes_are_refused(tmp_path: Path) -> None:
-    folder = pipeline.save_tools(tmp_path / "clip", TINY, networks())
+    folder = folders.save_tools(tmp_path / "clip", TINY, networks())
     change(folder, kind="Tools")
     with pytest.raises(ValueError, match="model must be an object of kind ToolSpec"):
-        pipeline.load_tools(folder)
+        folders.load_tools(folder)
     with pytest.raises(ValueError, match="does not exist"):
-        pipeline.load_tools(tmp_path / "nowhere")
+        folders.load_tools(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="has the parts image_encoder, text_encoder, got vae"):
-        pipeline.save_tools(tmp_path / "new", TINY, {"vae": nn.Identity()})
+        folders.save_tools(tmp_path / "new", TINY, {"vae": nn.Identity()})
     with pytest.raises(ValueError, match="got none"):
-        pipeline.save_tools(tmp_path / "new", TINY, {})
+        folders.save_tools(tmp_path / "new", TINY, {})
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="vgg16 has no part 'backbone'; it has network"):
         zoo.build("vgg16")
