@@ -7,6 +7,10 @@
 
 #include <stdint.h>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>  // always inlined: nothing another object could pick
+#endif
+
 namespace snoopi {
 namespace {
 
@@ -64,24 +68,36 @@ inline V greater(V a, V b) {
   return a > b ? a : b;
 }
 
-// 2^x for x <= 0, within 2e-8 of its value; below 2^-125 it stays there. NaN stays NaN.
+// 2^x for x <= 0; below 2^-125 it stays there. NaN stays NaN. Within 2e-8 of its value, or 3e-6 if
+// it need not be `kExact`, which is plenty where the result is rounded to bf16.
+template <bool kExact>
 inline VecF exp2_nonpositive(VecF x) {
   x = x < -125.0f ? splat(-125.0f) : x;
   // Adding 1.5 * 2^23 rounds to an integer, held in the low bits; + 127 is the exponent's bias.
   const float magic = 12582912.0f + 127.0f;
   const VecF shifted = x + magic;
   const VecF f = x - (shifted - magic);  // [-0.5 0.5]
-  VecF p = splat(0x1.41d334p-13f);
-  p = p * f + 0x1.5f456ap-10f;
-  p = p * f + 0x1.3b2dbcp-7f;
-  p = p * f + 0x1.c6aed4p-5f;
-  p = p * f + 0x1.ebfbdap-3f;
-  p = p * f + 0x1.62e430p-1f;
-  p = p * f + 1.0f;
+  VecF p;
+  if constexpr (kExact) {
+    p = splat(0x1.41d334p-13f);
+    p = p * f + 0x1.5f456ap-10f;
+    p = p * f + 0x1.3b2dbcp-7f;
+    p = p * f + 0x1.c6aed4p-5f;
+    p = p * f + 0x1.ebfbdap-3f;
+    p = p * f + 0x1.62e430p-1f;
+    p = p * f + 1.0f;
+  } else {
+    p = splat(0x1.3997d6p-7f);
+    p = p * f + 0x1.ca1440p-5f;
+    p = p * f + 0x1.ec06dap-3f;
+    p = p * f + 0x1.62e0dcp-1f;
+    p = p * f + 0x1.ffffe8p-1f;
+  }
   const VecI32 bits = (VecI32)shifted << 23;
   return p * (VecF)bits;
 }
 
+template <bool kExact>
 inline VecD exp2_nonpositive(VecD x) {
   for (int i = 0; i < kWidth<double>; ++i) x[i] = __builtin_exp2(x[i]);
   return x;
@@ -134,6 +150,40 @@ inline void transpose_square(const Acc* from, int64_t from_stride, Acc* to, int6
   }
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) store(to + i * to_stride, x[i]);
+}
+
+// Lane i of `a` where i < count, elsewhere that of `b`.
+template <typename Acc>
+inline Vec<Acc> first_lanes(int64_t count, Vec<Acc> a, Vec<Acc> b) {
+  typedef typename VecOf<Acc>::Bits Bits;
+  Bits lane;
+  for (int i = 0; i < kWidth<Acc>; ++i) lane[i] = i;
+  return lane < static_cast<decltype(+lane[0])>(count) ? a : b;
+}
+
+// Lane i of the result is lane (i + by) % W of x.
+template <typename Acc, int by>
+inline Vec<Acc> rotate(Vec<Acc> x) {
+  constexpr int W = kWidth<Acc>;
+#if defined(__clang__)
+  Vec<Acc> y;
+  for (int i = 0; i < W; ++i) y[i] = x[(i + by) % W];
+  return y;
+#else
+  typename VecOf<Acc>::Bits from;
+  for (int i = 0; i < W; ++i) from[i] = (i + by) % W;
+  return __builtin_shuffle(x, from);
+#endif
+}
+
+// All lanes folded into one.
+template <typename Acc, typename Fold>
+inline Acc fold_lanes(Vec<Acc> x, Fold fold) {
+  constexpr int W = kWidth<Acc>;
+  if constexpr (W > 8) x = fold(x, rotate<Acc, 8>(x));
+  if constexpr (W > 4) x = fold(x, rotate<Acc, 4>(x));
+  if constexpr (W > 2) x = fold(x, rotate<Acc, 2>(x));
+  return fold(x, rotate<Acc, 1>(x))[0];
 }
 
 }  // namespace
