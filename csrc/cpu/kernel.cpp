@@ -188,8 +188,8 @@ int64_t lay_out(const Attention& call, char* memory, Scratch<F>* scratch) {
       take(&scratch->p[t], kBlockRows * scratch->p_stride[t]);
     }
     take(&scratch->o[t], kBlockRows * scratch->o_stride);
-    take(&scratch->max[t], kBlockRows);
-    take(&scratch->sum[t], kBlockRows);
+    take(&scratch->max[t], kBlockRows + W<F>);
+    take(&scratch->sum[t], kBlockRows + W<F>);
     take(&scratch->weight[t], kBlockRows);
   }
   scratch->z_stride = 0;
@@ -206,41 +206,77 @@ int64_t lay_out(const Attention& call, char* memory, Scratch<F>* scratch) {
 
 // exp(scale (s - max)) of one text's products and its sum, by row. The exponent is one multiply-add
 // from the products: rounding the row's shift does not matter, because every element has the same.
-template <typename F>
+template <typename F, bool kExact>
 void exponentials(int64_t rows, int64_t n, double softmax_scale, typename F::Acc* s,
                   int64_t s_stride, typename F::Unit* p_units, int64_t p_stride,
-                  typename F::Acc* maxima, typename F::Acc* sums) {
+                  typename F::Acc* max, typename F::Acc* sum) {
   typedef typename F::Acc Acc;
   typedef typename F::Element Element;
   constexpr int kW = W<F>;
+  constexpr int kGroup = kW < 3 ? 2 : kBlockRows % 4 == 0 ? 4 : 3;  // rows at a time
+  constexpr int64_t kLanes = kW / kGroup * kGroup;  // rows that share a vector of maxima
+  static_assert(kBlockRows % kGroup == 0 && kGroup <= kW);
   const int64_t last = vectors_of<F>(n) - 1, tail = n - last * kW;
   const Acc scale = static_cast<Acc>(__builtin_fabs(softmax_scale) * kLog2E);
   const Vec<Acc> lowest = splat(static_cast<Acc>(-__builtin_inf()));
   if (softmax_scale < 0) {  // so that the largest product is the largest logit
     for (int64_t i = 0; i < rows * s_stride; ++i) s[i] = -s[i];
   }
-  for (int64_t r = 0; r < rows; ++r, s += s_stride, p_units += p_stride) {
-    Element* p = reinterpret_cast<Element*>(p_units);
-    Vec<Acc> largest = first_lanes<Acc>(tail, load(s + last * kW), lowest);
-    for (int64_t v = 0; v < last; ++v) largest = greater(load(s + v * kW), largest);
-    const Acc max = scale * fold_lanes<Acc>(largest, [](auto a, auto b) { return greater(a, b); });
-    const auto exponential = [&](int64_t v) {
-      return exp2_nonpositive<F::kExactExp>(load(s + v * kW) * scale - max);
-    };
-    Vec<Acc> sum = {};
-    for (int64_t v = 0; v < last; ++v) {
-      const Vec<Acc> x = exponential(v);
-      sum += x;
-      narrow_store(x, p + v * kW);
+  // A last group may take rows past the block's last: there is room, and nobody reads the result.
+  for (int64_t first = 0; first < rows; first += kLanes) {
+    const int64_t end = rows < first + kLanes ? rows : first + kLanes;
+    Vec<Acc> by_row[kW] = {};
+    for (int64_t r = first; r < end; r += kGroup) {
+      const Acc* row = s + r * s_stride;
+      Vec<Acc> largest[kGroup];
+#pragma GCC unroll 4
+      for (int i = 0; i < kGroup; ++i) {
+        largest[i] = first_lanes<Acc>(tail, load(row + i * s_stride + last * kW), lowest);
+      }
+      for (int64_t v = 0; v < last; ++v) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kGroup; ++i) {
+          largest[i] = greater(load(row + i * s_stride + v * kW), largest[i]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kGroup; ++i) by_row[r - first + i] = largest[i];
     }
-    const Vec<Acc> x = first_lanes<Acc>(tail, exponential(last), Vec<Acc>{});
-    narrow_store(x, p + last * kW);
-    sum += x;
-    if constexpr (F::kPerUnit > 1) {  // the depth is a whole number of pairs of vectors
-      if (last % 2 == 0) narrow_store(Vec<Acc>{}, p + (last + 1) * kW);
+    const auto larger = [](Vec<Acc> a, Vec<Acc> b) { return greater(a, b); };
+    store(max + first, splat(scale) * fold_rows<Acc>(by_row, larger));
+    for (int64_t r = first; r < end; r += kGroup) {
+      const Acc* row = s + r * s_stride;
+      Element* p = reinterpret_cast<Element*>(p_units + r * p_stride);
+      Vec<Acc> shift[kGroup], total[kGroup] = {};
+#pragma GCC unroll 4
+      for (int i = 0; i < kGroup; ++i) shift[i] = splat(max[r + i]);
+      for (int64_t v = 0; v <= last; ++v) {
+        Vec<Acc> x[kGroup];
+#pragma GCC unroll 4
+        for (int i = 0; i < kGroup; ++i) {
+          x[i] = load(row + i * s_stride + v * kW) * splat(scale) - shift[i];
+        }
+        exp2_nonpositive<kExact, kGroup>(x);
+        if (v == last) {
+#pragma GCC unroll 4
+          for (int i = 0; i < kGroup; ++i) x[i] = first_lanes<Acc>(tail, x[i], Vec<Acc>{});
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < kGroup; ++i) {
+          narrow_store(x[i], p + i * p_stride * F::kPerUnit + v * kW);
+          total[i] += x[i];
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kGroup; ++i) {
+        by_row[r - first + i] = total[i];
+        if (F::kPerUnit > 1 && last % 2 == 0) {  // the depth is a whole number of pairs of vectors
+          narrow_store(Vec<Acc>{}, p + i * p_stride * F::kPerUnit + (last + 1) * kW);
+        }
+      }
     }
-    maxima[r] = max;
-    sums[r] = fold_lanes<Acc>(sum, [](auto a, auto b) { return a + b; });
+    store(sum + first,
+          fold_rows<Acc>(by_row, [](Vec<Acc> a, Vec<Acc> b) { return a + b; }));
   }
 }
 
@@ -252,11 +288,15 @@ void set_weights(const Attention& call, int64_t b, int64_t m, int64_t rows,
   const Acc* strength = static_cast<const Acc*>(call.strength);
   if (strength != nullptr) strength += b * call.m + m;
   for (int t = 0; t < call.num_texts; ++t) {
+    const bool own = t == 0 || call.combine == Combine::kTwin;
     const Acc sign = t == 1 ? -1 : 1;
-    for (int64_t r = 0; r < rows; ++r) {
-      const Acc a = strength == nullptr ? static_cast<Acc>(call.nasa_scale) : strength[r];
-      const Acc counts = t == 0 || call.combine == Combine::kTwin ? Acc(1) : sign * a;
-      scratch.weight[t][r] = counts / scratch.sum[t][r];
+    const Acc* sum = scratch.sum[t];
+    Acc* weight = scratch.weight[t];
+    if (own || strength == nullptr) {
+      const Acc counts = own ? Acc(1) : sign * static_cast<Acc>(call.nasa_scale);
+      for (int64_t r = 0; r < kBlockRows; ++r) weight[r] = counts / sum[r];
+    } else {
+      for (int64_t r = 0; r < rows; ++r) weight[r] = sign * strength[r] / sum[r];
     }
   }
 }
@@ -317,13 +357,14 @@ void attend(const Attention& call, const Task& task, int64_t m, int64_t rows, in
     q_stride = call.q_stride[1] / F::kPerUnit;
   }
   const auto steps = [](int64_t x) { return (x + F::kPerUnit - 1) / F::kPerUnit; };
+  const bool exact = call.combine == Combine::kTwin;  // the sum is a result, too
   bool live[kMaxTexts];
   for (int t = 0; t < call.num_texts; ++t) {
     const PackedText& text = call.texts[t];
     const int64_t n = text.live[b * text.live_stride];
     live[t] = n > 0;
     if (!live[t]) {
-      for (int64_t r = 0; r < rows; ++r) scratch.sum[t][r] = 1;
+      for (int64_t r = 0; r < kBlockRows; ++r) scratch.sum[t][r] = 1;
       continue;
     }
     const char* data = text.data + b * text.batch_stride + h * text.head_stride;
@@ -331,8 +372,9 @@ void attend(const Attention& call, const Task& task, int64_t m, int64_t rows, in
     const Unit* values = reinterpret_cast<const Unit*>(data + key_bytes<F>(text.n, d));
     multiply<F>(q, q_stride, rows, keys, depth_units<F>(d), steps(d), vectors_of<F>(n),
                 scratch.s[t], scratch.n_stride[t]);
-    exponentials<F>(rows, n, call.softmax_scale, scratch.s[t], scratch.n_stride[t], scratch.p[t],
-                    scratch.p_stride[t], scratch.max[t], scratch.sum[t]);
+    const auto exps = exact ? exponentials<F, true> : exponentials<F, F::kExactExp>;
+    exps(rows, n, call.softmax_scale, scratch.s[t], scratch.n_stride[t], scratch.p[t],
+         scratch.p_stride[t], scratch.max[t], scratch.sum[t]);
     multiply<F>(scratch.p[t], scratch.p_stride[t], rows, values, depth_units<F>(n), steps(n),
                 vectors_of<F>(d), scratch.o[t], scratch.o_stride);
   }
