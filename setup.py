@@ -6,6 +6,9 @@ SNOOPI_BUILD chooses what is built:
     cuda  the CUDA op; its sources come in a later version
     none  nothing: a pure-Python install, ordinary PyTorch ops take over
 
+SNOOPI_EMULATE_AMX=1 is for tests: the AMX kernel runs on plain code in place of AMX instructions,
+wherever AVX-512 is (`make isa`).
+
 The CPU op is compiled for any processor: csrc/cpu/kernel.cpp once per capability with that
 capability's flags, chosen between at run time; every other source once, with none.
 """
@@ -22,6 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 KERNEL = "kernel.cpp"
+EMULATE_AMX = os.environ.get("SNOOPI_EMULATE_AMX") == "1"
 MODES = ("auto", "cpu", "cuda", "none")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 CAPABILITIES: dict[str, list[str]] = {"default": []}
@@ -32,7 +36,10 @@ if X86:
     paired = [*CAPABILITIES["avx512"], "-mavx512bf16", "-DSNOOPI_PAIRED"]
     CAPABILITIES["avx512_bf16"] = paired
     CAPABILITIES["amx"] = [*paired, "-mamx-tile", "-mamx-bf16", "-DSNOOPI_AMX"]
+    if EMULATE_AMX:
+        CAPABILITIES["amx"] = [*CAPABILITIES["avx512"], "-DSNOOPI_PAIRED", "-DSNOOPI_AMX"]
 COMMON_FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+COMMON_FLAGS += ["-DSNOOPI_AMX_EMULATED"] if EMULATE_AMX else []
 KERNEL_FLAGS = [*COMMON_FLAGS, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 KERNEL_FLAGS += ["-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
 

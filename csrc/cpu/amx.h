@@ -1,7 +1,7 @@
 // Products of bf16 pairs on AMX tiles: 32 rows by 32 columns at a time, a step 32 deep.
 //
-// Eight tiles: four sums, two of rows, two of columns. Every tile is 16 rows of 64 bytes: 16 rows of
-// 32 bf16 (rows), 16 pairs deep by 16 columns (columns), 16 by 16 fp32 (sums).
+// Eight tiles: four sums, two of rows, two of columns. Every tile is 16 rows of 64 bytes: 16 rows
+// of 32 bf16 (rows), 16 pairs deep by 16 columns (columns), 16 by 16 fp32 (sums).
 //
 // SNOOPI_AMX_EMULATED replaces the eight instructions by plain code with the same meaning, so that
 // everything but they themselves runs and is tested on any processor.
@@ -30,13 +30,14 @@ struct Tiles {
   ~Tiles() { emulated::release(); }
 #else
   Tiles() {
-    struct alignas(64) {
+    // Not on the stack: compilers take it that the instruction reads 8 of its 64 bytes.
+    alignas(64) static constexpr struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    static_assert(sizeof(config) == 64);
-    _tile_loadconfig(&config);
+    } kConfig;
+    static_assert(sizeof(kConfig) == 64);
+    _tile_loadconfig(&kConfig);
   }
   ~Tiles() { _tile_release(); }
 #endif
@@ -47,11 +48,15 @@ struct Tiles {
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileUnits = 16;  // of 4 bytes, in a tile's row
 
+// Compilers do not know what memory the loads and stores of tiles touch.
+inline void barrier() { asm volatile("" ::: "memory"); }
+
 // Up to 32 rows (kTall: more than 16) and 32 columns (kWide: more than 16).
 template <bool kTall, bool kWide>
 inline void multiply_tile_block(const uint32_t* a, int64_t a_stride, const uint32_t* b,
                                 int64_t depth, float* c, int64_t c_stride) {
   constexpr int64_t kColumns = kWide ? 32 : 16;
+  barrier();
   SNOOPI_TILE_ZERO(0);
   if constexpr (kWide) SNOOPI_TILE_ZERO(1);
   if constexpr (kTall) SNOOPI_TILE_ZERO(2);
@@ -76,6 +81,7 @@ inline void multiply_tile_block(const uint32_t* a, int64_t a_stride, const uint3
   if constexpr (kTall && kWide) {
     SNOOPI_TILE_STORE(3, c + kTileRows * c_stride + kTileUnits, c_stride * 4);
   }
+  barrier();
 }
 
 // See `multiply` in gemm.h.

@@ -18,8 +18,8 @@ struct Text {
   int64_t v_stride[3];
 };
 
-// Keys and values of one text in a kernel's own layout: for every (batch, head) `Kernel::text_bytes`
-// of memory, of which only the live keys are filled.
+// Keys and values of one text in a kernel's own layout: for every (batch, head)
+// `Kernel::text_bytes` of memory, of which only the live keys are filled.
 struct PackedText {
   const char* data;
   int64_t batch_stride;  // bytes; 0: one text serves the whole batch
@@ -35,8 +35,8 @@ enum class Combine {
   kTwin,  // every text has an output of its own
 };
 
-// One cross-attention call. z = sum over texts of weight_t * softmax(softmax_scale q k_t^T) v_t, and
-// with a projection out = z w^T + bias.
+// One cross-attention call. z = sum over texts of weight_t * softmax(softmax_scale q k_t^T) v_t,
+// and with a projection out = z w^T + bias.
 struct Attention {
   int64_t b, m, h, d;
   const void* q;
@@ -50,7 +50,8 @@ struct Attention {
   const void* w;         // [c_out h*d] in the kernel's layout; null: no projection
   const void* bias;      // [c_out], or null
   int64_t c_out;
-  void* out[kMaxTexts];  // contiguous: [b m c_out] with a projection, else [b m h d]; by text if twin
+  void*
+      out[kMaxTexts];  // contiguous: [b m c_out] with a projection, else [b m h d]; by text if twin
   void* lse[kMaxTexts];  // [b m h] contiguous, in the accumulator's type; twin only
   int64_t rows;          // most query rows of a task
 };

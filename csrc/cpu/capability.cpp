@@ -39,7 +39,9 @@ bool has_avx512_bf16() { return (cpuid(7, 1).a & 1u << 5) != 0; }
 
 // The system keeps the tiles' registers, and lets this process use them.
 bool may_use_amx() {
-#if defined(__linux__)
+#if defined(SNOOPI_AMX_EMULATED)
+  return true;
+#elif defined(__linux__)
   constexpr unsigned kTile = 1u << 24, kBF16 = 1u << 22;
   if ((cpuid(7, 0).d & (kTile | kBF16)) != (kTile | kBF16)) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
@@ -109,7 +111,11 @@ Choice choose() {
   const Level limit = onednn_limit();
   if (limit >= kAMX && may_use_amx() && kernels_amx.bf16.works()) {
     choice.kernels.bf16 = kernels_amx.bf16;
+#if defined(SNOOPI_AMX_EMULATED)
+    choice.name += ", bf16 by emulated AMX";
+#else
     choice.name += ", bf16 by AMX";
+#endif
   } else if (limit >= kAVX512BF16 && has_avx512_bf16()) {
     choice.kernels.bf16 = kernels_avx512_bf16.bf16;
     choice.name += ", bf16 by AVX512_BF16";

@@ -48,8 +48,8 @@ inline void narrow_store(Vec<Acc> x, T* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
-// T: the tensors' elements. Unit: what the products take at a step of depth, `kPerUnit` of `Element`.
-// Acc: what is summed in. kExactExp: see exp2_nonpositive.
+// T: the tensors' elements. Unit: what the products take at a step of depth, `kPerUnit` of
+// `Element`. Acc: what is summed in. kExactExp: see exp2_nonpositive.
 template <typename Real>
 struct Plain {
   typedef Real T;
@@ -98,8 +98,13 @@ inline void fill_units(const typename F::T* from, int64_t count, typename F::Uni
     const int64_t room = units * F::kPerUnit;
     const int64_t filled = count < room ? count : room;
     typename F::Element* elements = reinterpret_cast<typename F::Element*>(to);
-    __builtin_memcpy(elements, from, sizeof(typename F::Element) * filled);
-    for (int64_t i = filled; i < room; ++i) elements[i] = {};
+    constexpr int kPiece = 16;  // a memcpy of a size known only now is a call
+    int64_t i = 0;
+    for (; i + kPiece <= filled; i += kPiece) {
+      __builtin_memcpy(elements + i, from + i, kPiece * sizeof(typename F::Element));
+    }
+    for (; i < filled; ++i) elements[i] = from[i];
+    for (; i < room; ++i) elements[i] = {};
   }
 }
 

@@ -1,9 +1,9 @@
 // Products of a few rows with packed panels: c[r][j] = sum over k of a[r][k] b[k][j].
 //
-// `a` is row-major and read by broadcast, so queries are used where they lie. `b` is cut into panels
-// of two vectors of columns (the last may be one), each contiguous over the depth, so that a step
-// of depth is two loads. With 12 rows 24 accumulators fill AVX-512's registers, and a step's 24
-// multiply-adds hide its 14 loads. Every element is one chain of multiply-adds over the depth in
+// `a` is row-major and read by broadcast, so queries are used where they lie. `b` is cut into
+// panels of two vectors of columns (the last may be one), each contiguous over the depth, so that a
+// step of depth is two loads. With 12 rows 24 accumulators fill AVX-512's registers, and a step's
+// 24 multiply-adds hide its 14 loads. Every element is one chain of multiply-adds over the depth in
 // ascending order, whatever the blocking.
 #pragma once
 
@@ -76,8 +76,8 @@ inline void multiply_block(const typename F::Unit* a, int64_t a_stride, const ty
 // `multiply` for a number of rows known only now.
 template <typename F, int kRows>
 inline void multiply_rows(const typename F::Unit* a, int64_t a_stride, int64_t rows,
-                          const typename F::Unit* b, int64_t depth, int64_t steps,
-                          int64_t vectors, typename F::Acc* c, int64_t c_stride) {
+                          const typename F::Unit* b, int64_t depth, int64_t steps, int64_t vectors,
+                          typename F::Acc* c, int64_t c_stride) {
   constexpr int W = kWidth<typename F::Acc>;
   if (rows == kRows) {
     int64_t v = 0;
@@ -93,8 +93,8 @@ inline void multiply_rows(const typename F::Unit* a, int64_t a_stride, int64_t r
 }
 
 // Rows [0, rows) of a times all panels of b. rows is at most kBlockRows, b has `vectors` vectors of
-// columns and panels of `depth` units, of which `steps` are multiplied; the others are zero. a, b and
-// their strides are in units. AMX multiplies whole tiles: a and c have room for kBlockRows rows
+// columns and panels of `depth` units, of which `steps` are multiplied; the others are zero. a, b
+// and their strides are in units. AMX multiplies whole tiles: a and c have room for kBlockRows rows
 // there, and a is `depth` deep.
 template <typename F>
 inline void multiply(const typename F::Unit* a, int64_t a_stride, int64_t rows,

@@ -5,9 +5,9 @@
 //
 // A task is a tile of query rows. Head by head and block by block of kBlockRows rows: the products
 // with a text's keys, their exponentials, and the products of those with the values stay in the
-// first cache; the combination of the texts goes to the tile's z, all heads wide, and the projection
-// follows while z is in the second. Text and weights come packed (see gemm.h), masked keys left out,
-// so the loops know no mask.
+// first cache; the combination of the texts goes to the tile's z, all heads wide, and the
+// projection follows while z is in the second. Text and weights come packed (see gemm.h), masked
+// keys left out, so the loops know no mask.
 #include "attention.h"
 #include "gemm.h"
 
@@ -152,15 +152,15 @@ void pack_linear(const void* w, int64_t stride, int64_t c_out, int64_t c_in, int
 // What a thread works in.
 template <typename F>
 struct Scratch {
-  typename F::Unit* q;               // [block, depth of d]: queries that cannot be used in place
-  typename F::Acc* s[kMaxTexts];     // [block, n]: products with the keys
-  typename F::Unit* p[kMaxTexts];    // [block, depth of n]: exponentials; s itself where it can be
-  typename F::Acc* o[kMaxTexts];     // [block, d]: products of the exponentials with the values
-  typename F::Acc* max[kMaxTexts];   // [block]: the largest logit, times log2 e
-  typename F::Acc* sum[kMaxTexts];   // [block]: of the exponentials
+  typename F::Unit* q;              // [block, depth of d]: queries that cannot be used in place
+  typename F::Acc* s[kMaxTexts];    // [block, n]: products with the keys
+  typename F::Unit* p[kMaxTexts];   // [block, depth of n]: exponentials; s itself where it can be
+  typename F::Acc* o[kMaxTexts];    // [block, d]: products of the exponentials with the values
+  typename F::Acc* max[kMaxTexts];  // [block]: the largest logit, times log2 e
+  typename F::Acc* sum[kMaxTexts];  // [block]: of the exponentials
   typename F::Acc* weight[kMaxTexts];  // [block]: what o counts for
-  typename F::Element* z;            // [rows, depth of h d]: all heads of a task's rows
-  typename F::Acc* y;                // [block, panel]: projected
+  typename F::Element* z;              // [rows, depth of h d]: all heads of a task's rows
+  typename F::Acc* y;                  // [block, panel]: projected
   int64_t q_stride, n_stride[kMaxTexts], p_stride[kMaxTexts], o_stride, z_stride;  // in units
 };
 
@@ -275,8 +275,7 @@ void exponentials(int64_t rows, int64_t n, double softmax_scale, typename F::Acc
         }
       }
     }
-    store(sum + first,
-          fold_rows<Acc>(by_row, [](Vec<Acc> a, Vec<Acc> b) { return a + b; }));
+    store(sum + first, fold_rows<Acc>(by_row, [](Vec<Acc> a, Vec<Acc> b) { return a + b; }));
   }
 }
 
@@ -382,7 +381,8 @@ void attend(const Attention& call, const Task& task, int64_t m, int64_t rows, in
   const int64_t row = (b * call.m + m) * call.h * d + h * d, width = call.h * d;
   if (call.combine == Combine::kTwin) {
     for (int t = 0; t < call.num_texts; ++t) {
-      combine(call, live, t, t + 1, rows, scratch, static_cast<T*>(call.out[t]) + row, width, false);
+      combine(call, live, t, t + 1, rows, scratch, static_cast<T*>(call.out[t]) + row, width,
+              false);
       store_lse<F>(call, b, m, h, rows, t, live[t], scratch);
     }
   } else if (call.w == nullptr) {
@@ -499,8 +499,8 @@ constexpr bool (*kWorks)() = nullptr;
 
 template <typename F>
 constexpr Kernel kernel() {
-  return {text_bytes<F>,    pack_text<F>, linear_bytes<F>, pack_linear<F>, kPanelColumns<F>,
-          scratch_bytes<F>, run<F>,       kWorks};
+  return {text_bytes<F>,    pack_text<F>,     linear_bytes<F>, pack_linear<F>,
+          kPanelColumns<F>, scratch_bytes<F>, run<F>,          kWorks};
 }
 
 }  // namespace
@@ -510,8 +510,8 @@ constexpr Kernel kernel() {
 #if defined(SNOOPI_PAIRED)
 const Kernels SNOOPI_NAME(SNOOPI_CAPABILITY) = {{}, kernel<Paired>(), {}};
 #else
-const Kernels SNOOPI_NAME(SNOOPI_CAPABILITY) = {kernel<Plain<float>>(), kernel<Widened>(),
-                                                kernel<Plain<double>>()};
+const Kernels SNOOPI_NAME(SNOOPI_CAPABILITY) = {kernel<Plain<float> >(), kernel<Widened>(),
+                                                kernel<Plain<double> >()};
 #endif
 
 }  // namespace snoopi

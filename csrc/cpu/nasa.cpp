@@ -48,8 +48,9 @@ Tensor readable(const Tensor& x, at::ScalarType type) {
 
 Tensor bytes(at::IntArrayRef sizes) { return at::empty(sizes, at::TensorOptions(at::kByte)); }
 
-// Calls task(i) for all i < count on the threads, each of which takes at least `cost_of_a_thread` of
-// work: below about a million multiply-adds, or as many bytes, a thread costs more than it brings.
+// Calls task(i) for all i < count on the threads, each of which takes at least `cost_of_a_thread`
+// of work: below about a million multiply-adds, or as many bytes, a thread costs more than it
+// brings.
 template <typename Run>
 void parallel(int64_t count, int64_t work, const Run& run) {
   constexpr int64_t kCostOfAThread = 1000000;
@@ -253,9 +254,8 @@ Tensor nasa_attention(const Tensor& q, const Tensor& k_pos, const Tensor& v_pos,
     call.add_text(pack(*k_null, *v_null, mask_null, call.type));
   }
   call.set_strength(strength, nasa_scale);
-  // Packing the weights costs as much as some hundred rows of their product.
-  static const char* env = std::getenv("SNOOPI_PACK_ROWS");
-  const int64_t kRowsWorthPacking = env ? atoll(env) : 1024;
+  // Packing the weights costs about as much as a hundred rows of their product.
+  constexpr int64_t kRowsWorthPacking = 512;
   const bool fused = w_out.has_value() && q.size(0) * q.size(1) >= kRowsWorthPacking;
   if (fused) call.set_projection(pack(*w_out, call.type), b_out, w_out->size(0));
   const Tensor out = call.result(q);

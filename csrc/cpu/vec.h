@@ -76,14 +76,19 @@ inline VecF greater(VecF a, VecF b) {
 inline VecD greater(VecD a, VecD b) { return a > b ? a : b; }
 
 // 2^f on [-0.5 0.5]; the highest power comes first.
-constexpr float kExactTerms[] = {0x1.41d334p-13f, 0x1.5f456ap-10f, 0x1.3b2dbcp-7f, 0x1.c6aed4p-5f,
-                                 0x1.ebfbdap-3f,  0x1.62e430p-1f,  1.0f};
+constexpr float kExactTerms[] = {0x1.41d334p-13f,
+                                 0x1.5f456ap-10f,
+                                 0x1.3b2dbcp-7f,
+                                 0x1.c6aed4p-5f,
+                                 0x1.ebfbdap-3f,
+                                 0x1.62e430p-1f,
+                                 1.0f};
 constexpr float kNearTerms[] = {0x1.3997d6p-7f, 0x1.ca1440p-5f, 0x1.ec06dap-3f, 0x1.62e0dcp-1f,
                                 0x1.ffffe8p-1f};
 
-// x[i] = 2^x[i] for x <= 0; below 2^-125 it stays there. NaN stays NaN. Within 2e-8 of its value, or
-// 3e-6 if it need not be `kExact`, which is plenty where the result is rounded to bf16.
-// Several at a time, because the chain of one is long and a processor's queues are short.
+// x[i] = 2^x[i] for x <= 0; below 2^-125 it stays there. NaN stays NaN. Within 2e-8 of its value,
+// or 3e-6 if it need not be `kExact`, which is plenty where the result is rounded to bf16. Several
+// at a time, because the chain of one is long and a processor's queues are short.
 template <bool kExact, int kCount>
 inline void exp2_nonpositive(VecF* x) {
   // Adding 1.5 * 2^23 rounds to an integer, held in the low bits; + 127 is the exponent's bias.
@@ -181,8 +186,8 @@ inline Vec<Acc> fold_rows(Vec<Acc>* x, Fold fold) {
   for (int half = kWidth<Acc> / 2; half > 0; half /= 2) {
 #pragma GCC unroll 8
     for (int i = 0; i < half; ++i) {
-      x[i] = fold(interleave<Acc, false>(x[i], x[i + half]),
-                  interleave<Acc, true>(x[i], x[i + half]));
+      x[i] =
+          fold(interleave<Acc, false>(x[i], x[i + half]), interleave<Acc, true>(x[i], x[i + half]));
     }
   }
   return x[0];
