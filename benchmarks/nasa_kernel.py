@@ -147,7 +147,7 @@ def _run(options: argparse.Namespace) -> None:
         result = {**head, "machine": machine, "rows": rows, "summary": summary, "notes": notes}
         common.write_json(options.json, result)
     if options.plots is not None:
-        _plot(options.plots, rows, threads)
+        _plot(options.plots, rows, machine)
 
 
 def _cases(shapes: str, names: Sequence[str], threads: Sequence[int]) -> list[Case]:
@@ -274,6 +274,7 @@ def measure(case: Case, repeats: int, *, compile: bool = True) -> dict[str, Any]
         fast, why_not = compiled(x) if compile else (None, "torch.compile was left out")
         if fast is not None:
             found["compiled"] = common.error(fast(), exact(x))
+            common.check_error(f"{case}, compiled", dtype, found["compiled"], found["eager"])
             runs["compiled"] = fast
         parts: dict[str, list[Callable[[], object]]] = {name: [run] for name, run in runs.items()}
         parts["gemm"] = [lambda: F.linear(*gemm)]
@@ -408,8 +409,9 @@ def _command(options: argparse.Namespace, names: Sequence[str], threads: Sequenc
     return f"python -m {NAME} {words} --repeats {options.repeats}{extra}"
 
 
-def _plot(folder: Path, rows: Sequence[Row], threads: Sequence[int]) -> None:
-    base: Mapping[str, int] = {**BASE.sizes(), "c": BASE.c, "threads": threads[0]}
+def _plot(folder: Path, rows: Sequence[Row], machine: Mapping[str, Any]) -> None:
+    base: Mapping[str, int] = {**BASE.sizes(), "c": BASE.c, "threads": machine["threads"][0]}
+    where = f"{machine['processor']}; {machine['op']}; torch {machine['torch']}"
     titles = {
         "m": "query tokens m",
         "n": "text tokens n",
@@ -422,7 +424,7 @@ def _plot(folder: Path, rows: Sequence[Row], threads: Sequence[int]) -> None:
         others = [key for key in base if key not in (axis, "h")]
         mine = [row for row in rows if all(row[key] == base[key] for key in others)]
         fixed = " ".join(f"{key}={base[key]}" for key in others)
-        plots.draw_sweep(folder / f"{axis}.png", axis, title, f"NASA op at {fixed}", mine)
+        plots.draw_sweep(folder / f"{axis}.png", axis, title, f"NASA op at {fixed}\n{where}", mine)
         print(f"wrote {folder / f'{axis}.png'}")
 
 

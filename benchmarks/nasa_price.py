@@ -151,6 +151,7 @@ def measure_step(net: Any, dtype: str, threads: int, pairs: int) -> dict[str, An
         WrongResult: a prediction that is not finite, or that the negative does not change.
     """
     config, noise = zoo.model(MODEL).backbone, Noise(0)
+    what = f"a step of {MODEL}'s UNet"
 
     def draw(name: str, *sizes: int) -> Tensor:
         return noise.sample(name, 0, 0, sizes).to(common.DTYPES[dtype])
@@ -164,20 +165,16 @@ def measure_step(net: Any, dtype: str, threads: int, pairs: int) -> dict[str, An
     with common.at_threads(threads):
         results = [net(x, t, cond) for cond in filled.values()]
         if not all(result.isfinite().all() for result in results) or results[0].equal(results[1]):
-            raise common.WrongResult(
-                f"{_STEP} {dtype}: not finite, or the negative changes nothing"
-            )
+            raise common.WrongResult(f"{what} {dtype}: not finite, or the negative changes nothing")
         parts: dict[str, list[Callable[[], object]]] = {
             name: [lambda cond=cond: net(x, t, cond)]  # type: ignore[misc]
             for name, cond in filled.items()
         }
         times = common.interleave(parts, pairs, warmup=1)
-    return _row(_STEP, dtype, threads, {name: made[0] for name, made in times.items()})
+    return _row(what, dtype, threads, {name: made[0] for name, made in times.items()})
 
 
 # --- rows -----------------------------------------------------------------------------------------
-
-_STEP = f"a step of {MODEL}'s UNet"
 
 
 def _row(what: str, dtype: str, threads: int, times: dict[str, Times]) -> dict[str, Any]:
