@@ -141,6 +141,8 @@ def test_the_error_rule() -> None:
     with pytest.raises(common.WrongResult, match="what: error inf"):
         common.check_error("what", "fp32", math.inf, 1.0)
     with pytest.raises(common.WrongResult):
+        common.check_error("what", "fp32", math.nan, 1.0)  # NaN is above no bound either
+    with pytest.raises(common.WrongResult):
         common.check_error("what", "bf16", 2.1e-3, 1e-3)
     common.check_error("what", "bf16", 1.9e-3, 1e-3)
     common.check_error("what", "fp32", 1.9e-7, 0.0)
@@ -164,6 +166,33 @@ def test_without_a_compiler_the_row_says_so(
         assert row["compiled_ms"] is None and row["speedup_compiled"] is None
         assert row["compiled_why"] == why
     assert f"2 of 2 rows have none: {why}" in capsys.readouterr().out
+
+
+def test_a_wrong_compiled_result_stops_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda *x: 1.01 * f(*x))
+    assert nasa_kernel.main(["--threads", "1", "--dtype", "fp32", "--shapes", "tiny"]) == 1
+    assert "tiny (b1 m6 n3 h2 d4) fp32 on 1 thread, compiled: error 0.01" in one_line(capsys)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_op_and_eager_run_on_the_threads_of_the_row(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[int]] = {"warm": set(), "eager": set()}
+
+    def spy(name: str, run: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen[name].add(torch.get_num_threads())
+            return run(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(ops, "nasa_attention_packed", spy("warm", ops.nasa_attention_packed))
+    monkeypatch.setattr(nasa_kernel, "chain", spy("eager", nasa_kernel.chain))
+    assert kernel("--threads", str(count), "--shapes", "tiny", "--dtype", "fp32") == 0
+    assert seen == {"warm": {count}, "eager": {count}}
 
 
 @pytest.mark.slow
@@ -309,6 +338,13 @@ def test_price_of_the_layers_and_of_a_step(tmp_path: Path) -> None:
         assert row["ratio_of_medians"] == pytest.approx(row["nasa_ms"] / row["plain_ms"])
         low, high = row["ratio_quartiles"]
         assert low <= row["ratio"] <= high
+
+
+def test_pairs_are_compared_one_by_one() -> None:
+    times = {"nasa": [2.0, 3.0, 8.0], "plain": [1.0, 2.0, 4.0]}
+    row = nasa_price._row("x", "bf16", 1, {k: common.Times(v, v) for k, v in times.items()})
+    assert row["ratio_of_medians"] == 1.5 and row["ratio"] == 2.0
+    assert row["ratio_quartiles"] == (1.75, 2.0)
 
 
 def test_plain_is_the_layer_without_a_negative() -> None:
