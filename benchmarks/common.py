@@ -299,6 +299,22 @@ def number(key: str, form: str = ".2f") -> Callable[[Row], str]:
     return lambda row: "-" if row.get(key) is None else format(row[key], form)
 
 
+def cores(row: Row) -> str:
+    """A cell: the cores in use by the competitor with the fewest; row["cores"] has them by name."""
+    return f"{min(row['cores'].values()):.1f}"
+
+
+def busy(rows: Sequence[Row]) -> list[str]:
+    """A note if rows ran on clearly fewer cores than threads: their numbers mean little."""
+    short = sum(min(row["cores"].values()) < 0.8 * row["threads"] for row in rows)
+    if not short:
+        return []
+    return [
+        f"{short} of {len(rows)} rows had fewer cores than threads (column cores): is the machine "
+        "busy? Do not quote them"
+    ]
+
+
 def text_head(columns: Sequence[Column]) -> str:
     """The titles over a rule."""
     titles = _text_line(columns, [column.title for column in columns])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -229,7 +230,8 @@ def compiled(x: Inputs) -> tuple[Callable[[], Tensor] | None, str]:
         fast(*x)
     except Exception as trouble:  # whatever inductor misses here, such as a compiler
         first = (str(trouble).strip().splitlines() or [""])[0]
-        return None, f"torch.compile failed: {type(trouble).__name__}: {first}"
+        why = re.sub(r"\S*/", "", first)  # the folders of paths say nothing elsewhere
+        return None, f"torch.compile failed: {type(trouble).__name__}: {why}"
     return lambda: fast(*x), ""
 
 
@@ -375,26 +377,19 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     """What a reader must know besides the numbers: paths, missing competitors, a busy machine."""
-    notes = [
-        f"path {path}: {why}" for path, why in dict.fromkeys((r["path"], r["why"]) for r in rows)
-    ]
-    handed = [_place(row) for row in rows if row["handed_to_eager"]]
-    if handed:
-        notes.append(f"handed to eager, so cold is eager there: {', '.join(handed)}")
+    notes = []
+    paths = dict.fromkeys((row["path"], row["why"]) for row in rows)
+    for path, why in paths:
+        mine = [_place(row) for row in rows if (row["path"], row["why"]) == (path, why)]
+        notes.append(f"path {path}: {why}" + (f": {', '.join(mine)}" if len(paths) > 1 else ""))
+    if any(row["handed_to_eager"] for row in rows):
+        notes.append(
+            "rows with path eager are handed to it, so cold is eager there and counts as 1"
+        )
     for why in dict.fromkeys(row["compiled_why"] for row in rows if row["compiled_why"]):
         missing = sum(row["compiled_why"] == why for row in rows)
         notes.append(f"compiled: {missing} of {len(rows)} rows have none: {why}")
-    busy = [
-        f"{_place(row)} ({name} {cores:.1f})"
-        for row in rows
-        for name, cores in row["cores"].items()
-        if name in ("warm", "eager") and cores < 0.8 * row["threads"]
-    ]
-    if busy:
-        notes.append(
-            f"fewer cores than threads were in use; is the machine busy? {', '.join(busy)}"
-        )
-    return notes
+    return notes + common.busy(rows)
 
 
 def _place(row: Row) -> str:
@@ -444,6 +439,7 @@ TABLE = Table(
         ),
         Column("compiled", "ms, torch.compile of eager", number("compiled_ms"), 8),
         Column("spread", "widest interquartile range of these, of its median", _spread, 6),
+        Column("cores", "in use, of the competitor with the fewest", common.cores, 5),
         Column("warm/e", "eager's time over warm's: above 1 the op wins", number("speedup"), 6),
         Column("cold/e", "eager's time over cold's; '= eager': handed to it", _cold, 7),
         Column("warm/c", "compiled's time over warm's", number("speedup_compiled"), 6),

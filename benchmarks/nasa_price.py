@@ -64,7 +64,7 @@ def _run(options: argparse.Namespace) -> None:
                 net = random_network(dtype)
                 for count in threads:
                     add([measure_step(net, dtype, count, options.pairs)])
-    notes = _notes(rows)
+    notes = common.busy(rows)
     print("".join(f"\n{note}" for note in notes), flush=True)
     if options.json is not None:
         head = {"benchmark": "nasa_price", "command": _command(options, threads)}
@@ -126,7 +126,7 @@ def measure_attention(dtype: str, threads: int, pairs: int) -> list[dict[str, An
     rows = []
     for shape in dict.fromkeys(shapes):
         same = [i for i, other in enumerate(shapes) if other == shape]
-        rows.append(of(f"{len(same)} layers m{shape.m} h{shape.h} d{shape.d}", same))
+        rows.append(of(f"{len(same)} x m{shape.m} h{shape.h} d{shape.d}", same))
     return [*rows, of(f"all {len(shapes)} layers", range(len(shapes)))]
 
 
@@ -195,16 +195,6 @@ def _row(what: str, dtype: str, threads: int, times: dict[str, Times]) -> dict[s
     }
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
-    busy = [
-        f"{row['shape']} {row['dtype']} x{row['threads']}"
-        for row in rows
-        if min(row["cores"].values()) < 0.8 * row["threads"]
-    ]
-    lead = "fewer cores than threads were in use; is the machine busy?"
-    return [f"{lead} {', '.join(busy)}"] if busy else []
-
-
 def _range(row: Row) -> str:
     low, high = row["ratio_quartiles"]
     return f"{low:.3f}-{high:.3f}"
@@ -219,6 +209,7 @@ TABLE = Table(
         Column("NASA", "ms, both texts, by the op; packed beforehand", number("nasa_ms"), 9),
         Column("plain", "ms, the prompt alone: SDPA and Linear", number("plain_ms"), 9),
         Column("eager", "ms, NASA without the op: SDPA twice", number("eager_ms"), 9),
+        Column("cores", "in use, of the competitor with the fewest", common.cores, 5),
         Column(
             "medians",
             "NASA's median over plain's: 1.00 is a negative for nothing",
