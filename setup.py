@@ -29,9 +29,12 @@ if X86:
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
     CAPABILITIES["avx2"] = ["-mavx2", "-mfma"]
     CAPABILITIES["avx512"] = [*CAPABILITIES["avx2"], *avx512]
+    paired = [*CAPABILITIES["avx512"], "-mavx512bf16", "-DSNOOPI_PAIRED"]
+    CAPABILITIES["avx512_bf16"] = paired
+    CAPABILITIES["amx"] = [*paired, "-mamx-tile", "-mamx-bf16", "-DSNOOPI_AMX"]
 COMMON_FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 KERNEL_FLAGS = [*COMMON_FLAGS, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-KERNEL_FLAGS += ["-Wno-psabi", "-Wno-unknown-pragmas"]
+KERNEL_FLAGS += ["-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
 
 
 def build_mode() -> str:

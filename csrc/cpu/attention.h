@@ -1,5 +1,5 @@
-// What the glue hands to a kernel: one cross-attention call to one, two or three texts.
-// Free of torch, so that it can be compiled for any processor without a foreign inline function.
+// What the glue hands to a kernel. Free of torch, so that it can be compiled for any processor
+// without a foreign inline function.
 #pragma once
 
 #include <stdint.h>
@@ -8,44 +8,73 @@ namespace snoopi {
 
 constexpr int kMaxTexts = 3;
 
-// Keys and values of one text. Strides are in elements, for (batch, token, head); the head dim has
-// unit stride. A text that serves the whole batch has batch stride 0.
+// Keys and values of one text as they come. Strides are in elements, for (batch, token, head); the
+// head dim has unit stride. A text that serves the whole batch has batch stride 0.
 struct Text {
   const void* k;
   const void* v;
-  const bool* mask;  // [b n] with unit stride over n, true = attend; null: every key is live
-  int64_t n;
+  int64_t n, d;
   int64_t k_stride[3];
   int64_t v_stride[3];
-  int64_t mask_stride;
 };
 
-// z = sum over texts of weight_t * softmax(softmax_scale q k_t^T) v_t with weights 1, -a, +a
-// (positive, negative, null text). With `twin`, every text has an output of its own, of weight 1.
+// Keys and values of one text in a kernel's own layout: for every (batch, head) `Kernel::text_bytes`
+// of memory, of which only the live keys are filled.
+struct PackedText {
+  const char* data;
+  int64_t batch_stride;  // bytes; 0: one text serves the whole batch
+  int64_t head_stride;   // bytes
+  const int32_t* live;   // live keys, by batch item
+  int64_t live_stride;   // 0: one count serves the whole batch
+  int64_t n;             // keys there is room for
+};
+
+// How the texts' attentions become one output, or several.
+enum class Combine {
+  kNASA,  // weights 1, -a, +a of the positive, the negative and the null text
+  kTwin,  // every text has an output of its own
+};
+
+// One cross-attention call. z = sum over texts of weight_t * softmax(softmax_scale q k_t^T) v_t, and
+// with a projection out = z w^T + bias.
 struct Attention {
   int64_t b, m, h, d;
   const void* q;
   int64_t q_stride[3];  // (batch, token, head)
   int num_texts;
-  Text texts[kMaxTexts];
+  PackedText texts[kMaxTexts];
+  Combine combine;
   double softmax_scale;
   double nasa_scale;     // a, unless there is a strength
   const void* strength;  // a by query [b m], contiguous, in the accumulator's type; or null
-  bool twin;
-  void* z[kMaxTexts];    // [b m h d] contiguous; only z[0] without `twin`
-  void* lse[kMaxTexts];  // [b m h] contiguous, in the accumulator's type; null without `twin`
+  const void* w;         // [c_out h*d] in the kernel's layout; null: no projection
+  const void* bias;      // [c_out], or null
+  int64_t c_out;
+  void* out[kMaxTexts];  // contiguous: [b m c_out] with a projection, else [b m h d]; by text if twin
+  void* lse[kMaxTexts];  // [b m h] contiguous, in the accumulator's type; twin only
+  int64_t rows;          // most query rows of a task
 };
 
-// Query rows [m_begin, m_end) of one head of one batch item.
+// Query rows [m_begin, m_end) of one batch item, all heads.
 struct Task {
-  int64_t b, h, m_begin, m_end;
+  int64_t b, m_begin, m_end;
 };
 
-// One element type's kernel. `scratch` is `scratch_bytes` of memory aligned to 64 bytes.
+// One element type's kernel. Sizes are in bytes; memory it is given is aligned to 64.
 struct Kernel {
+  int64_t (*text_bytes)(int64_t n, int64_t d);
+  // `live` holds the positions of the live keys in ascending order; null: all are.
+  void (*pack_text)(const Text&, int64_t b, int64_t h, const int32_t* live, int64_t num_live,
+                    void* to);
+  int64_t (*linear_bytes)(int64_t c_out, int64_t c_in);
+  // Packs the output columns [begin, end); begin is a multiple of linear_columns.
+  void (*pack_linear)(const void* w, int64_t stride, int64_t c_out, int64_t c_in, int64_t begin,
+                      int64_t end, void* to);
+  int64_t linear_columns;
   int64_t (*scratch_bytes)(const Attention&);
   void (*run)(const Attention&, const Task&, void* scratch);
-  int64_t tile_rows;
+  // Whether the kernel computes what it should on this processor; null: no doubt.
+  bool (*works)();
 };
 
 struct Kernels {
@@ -57,6 +86,9 @@ extern const Kernels kernels_default;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+// Products of bf16 pairs in hardware; only `bf16` is filled.
+extern const Kernels kernels_avx512_bf16;
+extern const Kernels kernels_amx;
 #endif
 
 }  // namespace snoopi

@@ -1,8 +1,7 @@
-// The CPU implementations of snoopi::nasa_attention and snoopi::twin_attention: checks, fills an
-// `Attention`, hands its tasks to the threads. Single ATen headers only: torch/extension.h takes
-// seven times as long to compile.
+// The CPU implementations of snoopi's ops: checks, packs what is not packed, fills an `Attention`,
+// hands its tasks to the threads. Single ATen headers only: torch/extension.h takes seven times as
+// long to compile.
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -17,8 +16,10 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "attention.h"
+#include "capability.h"
 
 namespace snoopi {
 namespace {
@@ -29,22 +30,6 @@ using OptionalTensor = std::optional<Tensor>;
 // The Python side reads this from the file before it loads it: a library for another torch may
 // load and then crash.
 __attribute__((used)) const char kBuiltFor[] = "SNOOPI_BUILT_FOR_TORCH=" TORCH_VERSION;
-
-const Kernels& kernels_here() {
-#if defined(__x86_64__)
-  // torch's own choice, so that ATEN_CPU_CAPABILITY holds for this op as well.
-  static const std::string capability = at::get_cpu_capability();
-  if (capability == "AVX512") return kernels_avx512;
-  if (capability == "AVX2") return kernels_avx2;
-#endif
-  return kernels_default;
-}
-
-const Kernel& kernel_for(at::ScalarType type) {
-  const Kernels& kernels = kernels_here();
-  if (type == at::kDouble) return kernels.f64;
-  return type == at::kBFloat16 ? kernels.bf16 : kernels.f32;
-}
 
 // A type with no kernel of its own is computed in fp32.
 at::ScalarType computing_type(at::ScalarType type) {
@@ -61,9 +46,91 @@ Tensor readable(const Tensor& x, at::ScalarType type) {
   return y.stride(-1) == 1 || y.size(-1) == 1 ? y : y.contiguous();
 }
 
+Tensor bytes(at::IntArrayRef sizes) { return at::empty(sizes, at::TensorOptions(at::kByte)); }
+
+// Calls task(i) for all i < count on the threads, each of which takes at least `cost_of_a_thread` of
+// work: below about a million multiply-adds, or as many bytes, a thread costs more than it brings.
+template <typename Run>
+void parallel(int64_t count, int64_t work, const Run& run) {
+  constexpr int64_t kCostOfAThread = 1000000;
+  const int64_t grain = std::max<int64_t>(kCostOfAThread / std::max<int64_t>(work, 1), 1);
+  at::parallel_for(0, count, grain, run);
+}
+
+// One text as the kernel reads it: data [b|1 h bytes] and the number of live keys [b|1].
+struct Packed {
+  Tensor data, live;
+  int64_t n = 0;
+};
+
+Packed pack(const Tensor& k, const Tensor& v, const OptionalTensor& mask, at::ScalarType type) {
+  TORCH_CHECK(k.dim() == 4 && k.size(1) > 0, "snoopi: k must be [b n h d], got ", k.sizes());
+  TORCH_CHECK(v.sizes() == k.sizes(), "snoopi: v must be ", k.sizes(), " like k, got ", v.sizes());
+  const Kernel& kernel = kernel_for(type);
+  const Tensor keys = readable(k, type), values = readable(v, type);
+  Text text = {keys.const_data_ptr(), values.const_data_ptr(), k.size(1), k.size(3), {}, {}};
+  int64_t b = k.size(0);
+  const int64_t n = k.size(1), h = k.size(2);
+  Tensor order;  // [b n]: positions of the live keys
+  if (mask.has_value()) {
+    TORCH_CHECK(mask->scalar_type() == at::kBool && mask->dim() == 2 && mask->size(1) == n &&
+                    (mask->size(0) == b || mask->size(0) == 1 || b == 1),
+                "snoopi: a mask must be bool [b n] with n=", n, ", got ", mask->sizes());
+    b = std::max(b, mask->size(0));
+    order = at::empty({b, n}, at::TensorOptions(at::kInt));
+  }
+  for (int i = 0; i < 3; ++i) {
+    const bool shared = i == 0 && k.size(0) == 1;
+    text.k_stride[i] = shared ? 0 : keys.stride(i);
+    text.v_stride[i] = shared ? 0 : values.stride(i);
+  }
+  Packed packed = {bytes({b, h, kernel.text_bytes(n, text.d)}),
+                   at::empty({b}, at::TensorOptions(at::kInt)), n};
+  int32_t* live = packed.live.mutable_data_ptr<int32_t>();
+  std::fill_n(live, b, static_cast<int32_t>(n));
+  int32_t* positions = order.defined() ? order.mutable_data_ptr<int32_t>() : nullptr;
+  if (mask.has_value()) {
+    const Tensor flags = mask->contiguous();
+    for (int64_t i = 0; i < b; ++i) {
+      const bool* row = flags.const_data_ptr<bool>() + (mask->size(0) == 1 ? 0 : i * n);
+      live[i] = 0;
+      for (int64_t j = 0; j < n; ++j) {
+        if (row[j]) positions[i * n + live[i]++] = static_cast<int32_t>(j);
+      }
+    }
+  }
+  const int64_t size = packed.data.size(2);
+  char* data = static_cast<char*>(packed.data.mutable_data_ptr());
+  parallel(b * h, size, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t item = i / h;
+      if (live[item] == 0) continue;
+      kernel.pack_text(text, item, i % h, positions == nullptr ? nullptr : positions + item * n,
+                       live[item], data + i * size);
+    }
+  });
+  return packed;
+}
+
+Tensor pack(const Tensor& w, at::ScalarType type) {
+  TORCH_CHECK(w.dim() == 2, "snoopi: a weight must be [c_out c_in], got ", w.sizes());
+  const Kernel& kernel = kernel_for(type);
+  const Tensor weight = readable(w, type);
+  const int64_t c_out = w.size(0), c_in = w.size(1), columns = kernel.linear_columns;
+  const Tensor packed = bytes({kernel.linear_bytes(c_out, c_in)});
+  void* to = packed.mutable_data_ptr();
+  parallel(at::divup(c_out, columns), columns * c_in * 4, [&](int64_t begin, int64_t end) {
+    kernel.pack_linear(weight.const_data_ptr(), weight.stride(0), c_out, c_in, begin * columns,
+                       std::min(end * columns, c_out), to);
+  });
+  return packed;
+}
+
 // A call and the tensors its pointers lie in.
 struct Call {
   Attention attention = {};
+  at::ScalarType type;  // of the computation
+  const Kernel& kernel;
   Tensor kept[16];
   int num_kept = 0;
 
@@ -71,90 +138,104 @@ struct Call {
     kept[num_kept] = std::move(x);
     return kept[num_kept++];
   }
+
+  explicit Call(const Tensor& q, double softmax_scale)
+      : type(computing_type(q.scalar_type())), kernel(kernel_for(type)) {
+    TORCH_CHECK(q.dim() == 4, "snoopi: q must be [b m h d], got ", q.sizes());
+    const Tensor& x = keep(readable(q, type));
+    attention.b = x.size(0), attention.m = x.size(1), attention.h = x.size(2);
+    attention.d = x.size(3);
+    attention.q = x.const_data_ptr();
+    for (int i = 0; i < 3; ++i) attention.q_stride[i] = x.stride(i);
+    attention.softmax_scale = softmax_scale;
+  }
+
+  void add_text(const Packed& text) {
+    const int64_t b = attention.b, h = attention.h;
+    const int64_t size = kernel.text_bytes(text.n, attention.d);
+    const auto fits = [&](const Tensor& x) { return x.size(0) == b || x.size(0) == 1; };
+    TORCH_CHECK(text.data.dim() == 3 && fits(text.data) && text.data.size(1) == h &&
+                    text.data.size(2) == size && text.data.is_contiguous() &&
+                    text.data.scalar_type() == at::kByte,
+                "snoopi: a packed text must be [b h ", size, "] bytes with b=", b, " or 1, h=", h,
+                ", got ", text.data.sizes(), "; pack_text makes it, for this processor");
+    TORCH_CHECK(text.live.dim() == 1 && fits(text.live) && text.live.scalar_type() == at::kInt &&
+                    text.live.is_contiguous(),
+                "snoopi: live keys must be int32 [b], got ", text.live.sizes());
+    PackedText& to = attention.texts[attention.num_texts++];
+    to.data = static_cast<const char*>(keep(text.data).const_data_ptr());
+    to.head_stride = size;
+    to.batch_stride = text.data.size(0) == 1 ? 0 : h * size;
+    to.live = keep(text.live).const_data_ptr<int32_t>();
+    to.live_stride = text.live.size(0) == 1 ? 0 : 1;
+    to.n = text.n;
+  }
+
+  void set_strength(const OptionalTensor& strength, double nasa_scale) {
+    attention.nasa_scale = nasa_scale;
+    if (!strength.has_value()) return;
+    TORCH_CHECK(strength->dim() == 2 && strength->size(0) == attention.b &&
+                    strength->size(1) == attention.m,
+                "snoopi: strength must be [b m], got ", strength->sizes());
+    attention.strength = keep(strength->to(accumulator(type)).contiguous()).const_data_ptr();
+  }
+
+  void set_projection(const Tensor& packed, const OptionalTensor& bias, int64_t c_out) {
+    const int64_t size = kernel.linear_bytes(c_out, attention.h * attention.d);
+    TORCH_CHECK(packed.dim() == 1 && packed.size(0) == size && packed.scalar_type() == at::kByte &&
+                    packed.is_contiguous(),
+                "snoopi: a packed weight must be [", size, "] bytes, got ", packed.sizes(),
+                "; pack_linear makes it, for this processor");
+    attention.w = keep(packed).const_data_ptr();
+    attention.c_out = c_out;
+    if (!bias.has_value()) return;
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == c_out, "snoopi: b_out must be [", c_out,
+                "], got ", bias->sizes());
+    attention.bias = keep(bias->to(type).contiguous()).const_data_ptr();
+  }
+
+  // Where the result goes: [b m c_out], or [b m h d] without a projection.
+  Tensor result(const Tensor& q) {
+    at::DimVector sizes(q.sizes());
+    if (attention.w != nullptr) sizes = {attention.b, attention.m, attention.c_out};
+    Tensor out = at::empty(sizes, q.options().dtype(type));
+    attention.out[0] = out.mutable_data_ptr();
+    return out;
+  }
+
+  // Query rows of a task. A task walks through all keys, values and weights once, so it should have
+  // many rows; but there should be tasks for all threads, and their rows in the second cache.
+  int64_t rows_of_a_task() const {
+    constexpr int64_t kMost = 128, kFewest = 32;
+    const int64_t threads = at::get_num_threads();
+    const int64_t wanted = threads > 1 ? 2 * threads : 1;  // in all
+    const int64_t pieces = std::max(at::divup(attention.m, kMost), at::divup(wanted, attention.b));
+    return std::max(at::divup(attention.m, pieces), std::min(kFewest, attention.m));
+  }
+
+  void run() {
+    if (attention.b == 0 || attention.m == 0 || attention.h == 0) return;
+    attention.rows = rows_of_a_task();
+    const int64_t pieces = at::divup(attention.m, attention.rows);
+    int64_t width = attention.w == nullptr ? 0 : attention.c_out;
+    for (int t = 0; t < attention.num_texts; ++t) width += attention.texts[t].n * 2;
+    const int64_t work = attention.rows * width * attention.h * attention.d;
+    parallel(attention.b * pieces, work, [&](int64_t begin, int64_t end) {
+      const size_t size = static_cast<size_t>((kernel.scratch_bytes(attention) + 63) / 64 * 64);
+      const std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, size),
+                                                                &std::free);
+      TORCH_CHECK(scratch != nullptr, "snoopi: no memory for ", size, " bytes of scratch");
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t m = i % pieces * attention.rows;
+        const Task task = {i / pieces, m, std::min(m + attention.rows, attention.m)};
+        kernel.run(attention, task, scratch.get());
+      }
+    });
+  }
 };
 
-void set_query(Call& call, const Tensor& q, at::ScalarType type) {
-  TORCH_CHECK(q.dim() == 4, "snoopi: q must be [b m h d], got ", q.sizes());
-  const Tensor& x = call.keep(readable(q, type));
-  Attention& attention = call.attention;
-  attention.b = x.size(0), attention.m = x.size(1), attention.h = x.size(2),
-  attention.d = x.size(3);
-  attention.q = x.const_data_ptr();
-  for (int i = 0; i < 3; ++i) attention.q_stride[i] = x.stride(i);
-}
-
-void add_text(Call& call, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
-              at::ScalarType type) {
-  Attention& attention = call.attention;
-  TORCH_CHECK(k.dim() == 4 && (k.size(0) == attention.b || k.size(0) == 1) &&
-                  k.size(2) == attention.h && k.size(3) == attention.d,
-              "snoopi: k must be [b n h d] with h=", attention.h, " d=", attention.d, ", got ",
-              k.sizes());
-  TORCH_CHECK(v.sizes() == k.sizes(), "snoopi: v must be ", k.sizes(), " like k, got ", v.sizes());
-  const Tensor& keys = call.keep(readable(k, type));
-  const Tensor& values = call.keep(readable(v, type));
-  Text& text = attention.texts[attention.num_texts++];
-  text.k = keys.const_data_ptr();
-  text.v = values.const_data_ptr();
-  text.n = k.size(1);
-  for (int i = 0; i < 3; ++i) {
-    const bool shared = i == 0 && k.size(0) == 1;
-    text.k_stride[i] = shared ? 0 : keys.stride(i);
-    text.v_stride[i] = shared ? 0 : values.stride(i);
-  }
-  if (!mask.has_value()) return;
-  TORCH_CHECK(mask->scalar_type() == at::kBool && mask->dim() == 2 && mask->size(1) == text.n &&
-                  (mask->size(0) == attention.b || mask->size(0) == 1),
-              "snoopi: a mask must be bool [b n], got ", mask->sizes());
-  const Tensor& live = call.keep(mask->contiguous());
-  text.mask = live.const_data_ptr<bool>();
-  text.mask_stride = mask->size(0) == 1 ? 0 : text.n;
-}
-
-void set_strength(Call& call, const OptionalTensor& strength, double nasa_scale,
-                  at::ScalarType type) {
-  call.attention.nasa_scale = nasa_scale;
-  if (!strength.has_value()) return;
-  TORCH_CHECK(strength->dim() == 2 && strength->size(0) == call.attention.b &&
-                  strength->size(1) == call.attention.m,
-              "snoopi: strength must be [b m], got ", strength->sizes());
-  const Tensor& a = call.keep(strength->to(accumulator(type)).contiguous());
-  call.attention.strength = a.const_data_ptr();
-}
-
-// Rows of one head that a thread takes at once: all of them, unless that leaves threads idle.
-int64_t rows_per_task(const Attention& attention, const Kernel& kernel) {
-  constexpr int64_t kTasksPerThread = 4, kFewestRows = 128;
-  const int64_t wanted = at::get_num_threads() > 1 ? kTasksPerThread * at::get_num_threads() : 1;
-  const int64_t heads = std::max<int64_t>(attention.b * attention.h, 1);
-  const int64_t pieces = at::divup(wanted, heads);
-  const int64_t rows = std::max(at::divup(attention.m, pieces), kFewestRows);
-  return at::divup(rows, kernel.tile_rows) * kernel.tile_rows;
-}
-
-void run(const Attention& attention, at::ScalarType type) {
-  if (attention.b == 0 || attention.m == 0 || attention.h == 0) return;
-  const Kernel& kernel = kernel_for(type);
-  const int64_t rows = rows_per_task(attention, kernel);
-  const int64_t pieces = at::divup(attention.m, rows);
-  const int64_t tasks = attention.b * attention.h * pieces;
-  int64_t keys = 0;
-  for (int t = 0; t < attention.num_texts; ++t) keys += attention.texts[t].n;
-  // Below about a million multiply-adds a thread costs more than it brings.
-  const int64_t work = std::max<int64_t>(std::min(rows, attention.m) * keys * attention.d * 2, 1);
-  const int64_t grain = std::max<int64_t>(1000000 / work, 1);
-  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    const size_t bytes = static_cast<size_t>((kernel.scratch_bytes(attention) + 63) / 64 * 64);
-    const std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, bytes),
-                                                              &std::free);
-    TORCH_CHECK(scratch != nullptr, "snoopi: no memory for ", bytes, " bytes of scratch");
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t head = i / pieces, m = i % pieces * rows;
-      const Task task = {head / attention.h, head % attention.h, m,
-                         std::min(m + rows, attention.m)};
-      kernel.run(attention, task, scratch.get());
-    }
-  });
+Tensor in_type_of(const Tensor& q, const Tensor& x) {
+  return x.scalar_type() == q.scalar_type() ? x : x.to(q.scalar_type());
 }
 
 Tensor nasa_attention(const Tensor& q, const Tensor& k_pos, const Tensor& v_pos,
@@ -165,20 +246,40 @@ Tensor nasa_attention(const Tensor& q, const Tensor& k_pos, const Tensor& v_pos,
                       const OptionalTensor& strength, double nasa_scale, double softmax_scale) {
   // Precision was decided by the caller; the projection below must not decide again.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const at::ScalarType type = computing_type(q.scalar_type());
-  Call call;
-  set_query(call, q, type);
-  add_text(call, k_pos, v_pos, mask_pos, type);
-  add_text(call, k_neg, v_neg, mask_neg, type);
-  if (k_null.has_value() && v_null.has_value()) add_text(call, *k_null, *v_null, mask_null, type);
-  set_strength(call, strength, nasa_scale, type);
-  call.attention.softmax_scale = softmax_scale;
-  Tensor z = at::empty(q.sizes(), q.options().dtype(type));  // [b m h d]
-  call.attention.z[0] = z.mutable_data_ptr();
-  run(call.attention, type);
-  if (z.scalar_type() != q.scalar_type()) z = z.to(q.scalar_type());
-  if (!w_out.has_value()) return z;
-  return at::linear(z.flatten(2), *w_out, b_out);  // [b m c_out]
+  Call call(q, softmax_scale);
+  call.add_text(pack(k_pos, v_pos, mask_pos, call.type));
+  call.add_text(pack(k_neg, v_neg, mask_neg, call.type));
+  if (k_null.has_value() && v_null.has_value()) {
+    call.add_text(pack(*k_null, *v_null, mask_null, call.type));
+  }
+  call.set_strength(strength, nasa_scale);
+  // Packing the weights costs as much as some hundred rows of their product.
+  static const char* env = std::getenv("SNOOPI_PACK_ROWS");
+  const int64_t kRowsWorthPacking = env ? atoll(env) : 1024;
+  const bool fused = w_out.has_value() && q.size(0) * q.size(1) >= kRowsWorthPacking;
+  if (fused) call.set_projection(pack(*w_out, call.type), b_out, w_out->size(0));
+  const Tensor out = call.result(q);
+  call.run();
+  const Tensor z = in_type_of(q, out);
+  return fused || !w_out.has_value() ? z : at::linear(z.flatten(2), *w_out, b_out);
+}
+
+Tensor nasa_attention_packed(const Tensor& q, const Tensor& pos, const Tensor& pos_live,
+                             int64_t pos_n, const Tensor& neg, const Tensor& neg_live,
+                             int64_t neg_n, const OptionalTensor& null,
+                             const OptionalTensor& null_live, int64_t null_n,
+                             const OptionalTensor& w_out, const OptionalTensor& b_out,
+                             int64_t c_out, const OptionalTensor& strength, double nasa_scale,
+                             double softmax_scale) {
+  Call call(q, softmax_scale);
+  call.add_text({pos, pos_live, pos_n});
+  call.add_text({neg, neg_live, neg_n});
+  if (null.has_value() && null_live.has_value()) call.add_text({*null, *null_live, null_n});
+  call.set_strength(strength, nasa_scale);
+  if (w_out.has_value()) call.set_projection(*w_out, b_out, c_out);
+  const Tensor out = call.result(q);
+  call.run();
+  return in_type_of(q, out);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> twin_attention(const Tensor& q, const Tensor& k_pos,
@@ -187,22 +288,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> twin_attention(const Tensor& q, const
                                                           const OptionalTensor& mask_pos,
                                                           const OptionalTensor& mask_neg,
                                                           double softmax_scale) {
-  const at::ScalarType type = computing_type(q.scalar_type());
-  Call call;
-  set_query(call, q, type);
-  add_text(call, k_pos, v_pos, mask_pos, type);
-  add_text(call, k_neg, v_neg, mask_neg, type);
-  call.attention.softmax_scale = softmax_scale;
-  call.attention.twin = true;
+  Call call(q, softmax_scale);
+  call.add_text(pack(k_pos, v_pos, mask_pos, call.type));
+  call.add_text(pack(k_neg, v_neg, mask_neg, call.type));
+  call.attention.combine = Combine::kTwin;
   Tensor z[2], lse[2];
   for (int t = 0; t < 2; ++t) {
-    z[t] = at::empty(q.sizes(), q.options().dtype(type));
-    lse[t] = at::empty(q.sizes().slice(0, 3), q.options().dtype(accumulator(type)));
-    call.attention.z[t] = z[t].mutable_data_ptr();
+    z[t] = at::empty(q.sizes(), q.options().dtype(call.type));
+    lse[t] = at::empty(q.sizes().slice(0, 3), q.options().dtype(accumulator(call.type)));
+    call.attention.out[t] = z[t].mutable_data_ptr();
     call.attention.lse[t] = lse[t].mutable_data_ptr();
   }
-  run(call.attention, type);
-  return {z[0].to(q.scalar_type()), lse[0], z[1].to(q.scalar_type()), lse[1]};
+  call.run();
+  return {in_type_of(q, z[0]), lse[0], in_type_of(q, z[1]), lse[1]};
+}
+
+std::tuple<Tensor, Tensor> pack_text(const Tensor& k, const Tensor& v, const OptionalTensor& mask) {
+  const Packed packed = pack(k, v, mask, computing_type(k.scalar_type()));
+  return {packed.data, packed.live};
+}
+
+Tensor pack_linear(const Tensor& weight) {
+  return pack(weight, computing_type(weight.scalar_type()));
 }
 
 }  // namespace
@@ -210,5 +317,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> twin_attention(const Tensor& q, const
 
 TORCH_LIBRARY_IMPL(snoopi, CPU, m) {
   m.impl("nasa_attention", &snoopi::nasa_attention);
+  m.impl("nasa_attention_packed", &snoopi::nasa_attention_packed);
   m.impl("twin_attention", &snoopi::twin_attention);
+  m.impl("pack_text", &snoopi::pack_text);
+  m.impl("pack_linear", &snoopi::pack_linear);
+}
+
+TORCH_LIBRARY_FRAGMENT(snoopi, m) {
+  m.def("cpu_capability() -> str", [] { return snoopi::capability(); });
 }

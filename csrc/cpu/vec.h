@@ -7,6 +7,10 @@
 
 #include <stdint.h>
 
+#if defined(__x86_64__)
+#include <immintrin.h>  // always inlined: nothing another object could pick
+#endif
+
 namespace snoopi {
 namespace {
 
@@ -58,33 +62,57 @@ inline Vec<Acc> splat(Acc x) {
   return x - Vec<Acc>{};
 }
 
-// Of equal or unordered lanes the second, so that a NaN in `a` leaves `b` alone.
-template <typename V>
-inline V greater(V a, V b) {
+// Of equal or unordered lanes the second, so that a NaN in `a` leaves `b` alone. One instruction on
+// x86, which compilers do not find without leave to forget about NaN.
+inline VecF greater(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_max_ps((__m256)a, (__m256)b);
+#else
   return a > b ? a : b;
+#endif
 }
+inline VecD greater(VecD a, VecD b) { return a > b ? a : b; }
 
-// 2^x for x <= 0, within 2e-8 of its value; below 2^-125 it stays there. NaN stays NaN.
-inline VecF exp2_nonpositive(VecF x) {
-  x = x < -125.0f ? splat(-125.0f) : x;
+// 2^f on [-0.5 0.5]; the highest power comes first.
+constexpr float kExactTerms[] = {0x1.41d334p-13f, 0x1.5f456ap-10f, 0x1.3b2dbcp-7f, 0x1.c6aed4p-5f,
+                                 0x1.ebfbdap-3f,  0x1.62e430p-1f,  1.0f};
+constexpr float kNearTerms[] = {0x1.3997d6p-7f, 0x1.ca1440p-5f, 0x1.ec06dap-3f, 0x1.62e0dcp-1f,
+                                0x1.ffffe8p-1f};
+
+// x[i] = 2^x[i] for x <= 0; below 2^-125 it stays there. NaN stays NaN. Within 2e-8 of its value, or
+// 3e-6 if it need not be `kExact`, which is plenty where the result is rounded to bf16.
+// Several at a time, because the chain of one is long and a processor's queues are short.
+template <bool kExact, int kCount>
+inline void exp2_nonpositive(VecF* x) {
   // Adding 1.5 * 2^23 rounds to an integer, held in the low bits; + 127 is the exponent's bias.
   const float magic = 12582912.0f + 127.0f;
-  const VecF shifted = x + magic;
-  const VecF f = x - (shifted - magic);  // [-0.5 0.5]
-  VecF p = splat(0x1.41d334p-13f);
-  p = p * f + 0x1.5f456ap-10f;
-  p = p * f + 0x1.3b2dbcp-7f;
-  p = p * f + 0x1.c6aed4p-5f;
-  p = p * f + 0x1.ebfbdap-3f;
-  p = p * f + 0x1.62e430p-1f;
-  p = p * f + 1.0f;
-  const VecI32 bits = (VecI32)shifted << 23;
-  return p * (VecF)bits;
+  constexpr int kTerms = kExact ? 7 : 5;
+  constexpr const float* kTerm = kExact ? kExactTerms : kNearTerms;
+  VecF shifted[kCount], p[kCount];
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) x[i] = greater(splat(-125.0f), x[i]);
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) shifted[i] = x[i] + magic;
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) x[i] -= shifted[i] - magic;
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) p[i] = splat(kTerm[0]);
+#pragma GCC unroll 8
+  for (int term = 1; term < kTerms; ++term) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) p[i] = p[i] * x[i] + kTerm[term];
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) x[i] = p[i] * (VecF)((VecI32)shifted[i] << 23);
 }
 
-inline VecD exp2_nonpositive(VecD x) {
-  for (int i = 0; i < kWidth<double>; ++i) x[i] = __builtin_exp2(x[i]);
-  return x;
+template <bool kExact, int kCount>
+inline void exp2_nonpositive(VecD* x) {
+  for (int i = 0; i < kCount; ++i) {
+    for (int lane = 0; lane < kWidth<double>; ++lane) x[i][lane] = __builtin_exp2(x[i][lane]);
+  }
 }
 
 inline float log2_of(float x) { return __builtin_log2f(x); }
@@ -134,6 +162,30 @@ inline void transpose_square(const Acc* from, int64_t from_stride, Acc* to, int6
   }
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) store(to + i * to_stride, x[i]);
+}
+
+// Lane i of `a` where i < count, elsewhere that of `b`.
+template <typename Acc>
+inline Vec<Acc> first_lanes(int64_t count, Vec<Acc> a, Vec<Acc> b) {
+  typedef typename VecOf<Acc>::Bits Bits;
+  Bits lane;
+  for (int i = 0; i < kWidth<Acc>; ++i) lane[i] = i;
+  return lane < static_cast<decltype(+lane[0])>(count) ? a : b;
+}
+
+// Lane r of the result is all lanes of x[r] folded into one. x is used up. Every round folds pairs
+// of vectors into one, whose lanes alternate between the two.
+template <typename Acc, typename Fold>
+inline Vec<Acc> fold_rows(Vec<Acc>* x, Fold fold) {
+#pragma GCC unroll 4
+  for (int half = kWidth<Acc> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      x[i] = fold(interleave<Acc, false>(x[i], x[i + half]),
+                  interleave<Acc, true>(x[i], x[i + half]));
+    }
+  }
+  return x[0];
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Registers snoopi::nasa_attention and snoopi::twin_attention: schemas, default, fakes, gradients.
+"""Registers the ops in torch.ops.snoopi: schemas, defaults, fakes, gradients.
 
 Schemas exist in every build. The default implementation of an op is its reference, so a graph that
 holds the op runs anywhere; the native library, when loaded, takes over the CPU.
@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from snoopi.ops import eager, reference
-from snoopi.ops.packs import TextPack
+from snoopi.ops.packs import LinearPack, TextPack
 
 NASA = "snoopi::nasa_attention"
 TWIN = "snoopi::twin_attention"
+PACKED = "snoopi::nasa_attention_packed"
+PACK_TEXT = "snoopi::pack_text"
+PACK_LINEAR = "snoopi::pack_linear"
 _NUM_NASA_TENSORS = 13
 _NUM_TWIN_TENSORS = 7
 
@@ -31,6 +34,17 @@ torch.library.define(
     "Tensor? mask_neg, float softmax_scale) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+# What is packed is laid out for the processor, so these three have native kernels only, and a graph
+# may hold a call on packs but not the packing.
+torch.library.define(
+    PACKED,
+    "(Tensor q, Tensor pos, Tensor pos_live, int pos_n, Tensor neg, Tensor neg_live, int neg_n, "
+    "Tensor? null, Tensor? null_live, int null_n, Tensor? w_out, Tensor? b_out, int c_out, "
+    "Tensor? strength, float nasa_scale, float softmax_scale) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(PACK_TEXT, "(Tensor k, Tensor v, Tensor? mask) -> (Tensor, Tensor)")
+torch.library.define(PACK_LINEAR, "(Tensor weight) -> Tensor")
 
 
 def nasa_op(
@@ -44,12 +58,31 @@ def nasa_op(
     softmax_scale: float,
 ) -> Tensor:
     """Call snoopi::nasa_attention; with a tensor strength the float beside it is unused."""
-    k_null, v_null, mask_null = null if null is not None else (None, None, None)
+    k_null, v_null, mask_null = null[:3] if null is not None else (None, None, None)
     tensor = isinstance(nasa_scale, Tensor)
     args = (q, pos.k, pos.v, neg.k, neg.v, w_out, b_out, k_null, v_null)
     masks = (pos.mask, neg.mask, mask_null)
     strength = (nasa_scale, 0.0) if tensor else (None, nasa_scale)
     return torch.ops.snoopi.nasa_attention.default(*args, *masks, *strength, softmax_scale)
+
+
+def packed_op(
+    q: Tensor,
+    pos: TextPack,
+    neg: TextPack,
+    null: TextPack | None,
+    out: LinearPack | None,
+    nasa_scale: float | Tensor,
+    softmax_scale: float,
+) -> Tensor:
+    """Call snoopi::nasa_attention_packed on packs that hold the native layout."""
+    no_text = (None, None, 0)
+    texts = [t.native() if t is not None else no_text for t in (pos, neg, null)]
+    linear = out.native() if out is not None else (None, None, 0)
+    strength = (nasa_scale, 0.0) if isinstance(nasa_scale, Tensor) else (None, nasa_scale)
+    return torch.ops.snoopi.nasa_attention_packed.default(
+        q, *texts[0], *texts[1], *texts[2], *linear, *strength, softmax_scale
+    )
 
 
 def twin_op(
@@ -86,6 +119,12 @@ def _nasa_fake(*args: Any) -> Tensor:
     q, w_out = args[0], args[5]
     shape = q.shape if w_out is None else (*q.shape[:2], w_out.shape[0])
     return q.new_empty(shape)
+
+
+@torch.library.register_fake(PACKED)
+def _packed_fake(q: Tensor, *args: Any) -> Tensor:
+    w_out, c_out = args[9], args[11]
+    return q.new_empty(q.shape if w_out is None else (*q.shape[:2], c_out))
 
 
 def _nasa_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

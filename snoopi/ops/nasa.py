@@ -12,8 +12,6 @@ from torch import Tensor
 from snoopi.ops import checks, eager, library, native, reference
 from snoopi.ops.packs import LinearPack, TextPack
 
-NATIVE = native.load()
-_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Choice(NamedTuple):
@@ -102,8 +100,12 @@ def nasa_attention_packed(
         ValueError: as `nasa_attention`.
     """
     texts = {"_pos": pos, "_neg": neg} | ({} if null is None else {"_null": null})
-    w_out, b_out = (None, None) if out is None else out
-    return _nasa(_Call(q, texts, w_out, b_out), nasa_scale, softmax_scale, "auto")
+    w_out, b_out = (None, None) if out is None else (out.weight, out.bias)
+    call = _Call(q, texts, w_out, b_out)
+    if _choose(call, nasa_scale, "auto").path != "fused" or not _laid_out(call, out):
+        return _nasa(call, nasa_scale, softmax_scale, "auto")
+    a, scale = _strength(nasa_scale, call.q), _softmax_scale(softmax_scale, call.q)
+    return call.run(library.packed_op, call.q, pos, neg, null, out, a, scale)
 
 
 def twin_attention(
@@ -186,7 +188,9 @@ class _Call:
             q = q.to(torch.get_autocast_dtype(q.device.type))
         self.q = q
         self.texts = {
-            name: TextPack(text.k.to(q.dtype), text.v.to(q.dtype), text.mask)
+            name: text
+            if text.k.dtype == text.v.dtype == q.dtype
+            else TextPack(text.k.to(q.dtype), text.v.to(q.dtype), text.mask)
             for name, text in self.texts.items()
         }
         self.w_out = None if self.w_out is None else self.w_out.to(q.dtype)
@@ -235,11 +239,11 @@ def _choose(call: _Call, nasa_scale: float | Tensor, backend: str) -> Choice:
 
 def _choose_path(call: _Call, backend: str, nasa_scale: object = None) -> Choice:
     checks.check_backend(backend)
-    missing = _why_not_fused(call.q)
+    missing = native.why_not(call.q)
     if backend == "fused":
         if missing is not None:
             raise ValueError(f'backend="fused" is not possible here: {missing}')
-        return Choice("fused", f"asked for; {NATIVE.why}")
+        return Choice("fused", f"asked for; {native.NATIVE.why}")
     if backend == "reference":
         return Choice("reference", "asked for")
     if missing is not None:
@@ -247,16 +251,14 @@ def _choose_path(call: _Call, backend: str, nasa_scale: object = None) -> Choice
     if call.needs_grad(nasa_scale):
         why = "a gradient is wanted: the fused op computes the forward pass twice, which is slower"
         return Choice("eager", why)
-    return Choice("fused", NATIVE.why)
+    return Choice("fused", native.NATIVE.why)
 
 
-def _why_not_fused(q: Tensor) -> str | None:
-    """Why the fused op cannot take this query; None if it can."""
-    if q.device.type != "cpu":
-        return f"there is no fused kernel for {q.device.type} in this version"
-    if q.dtype not in _FUSED_DTYPES:
-        return f"there is no fused kernel for {q.dtype}"
-    return None if NATIVE.loaded else NATIVE.why
+def _laid_out(call: _Call, out: LinearPack | None) -> bool:
+    """Whether every pack holds the native layout: made by a native op, for the call's dtype."""
+    if out is not None and (out.packed is None or out.weight.dtype != call.q.dtype):
+        return False
+    return all(text.packed is not None for text in call.texts.values())
 
 
 def _texts(*parts: tuple[Tensor | None, Tensor | None, Tensor | None]) -> dict[str, TextPack]:

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Native(NamedTuple):
@@ -31,12 +34,12 @@ def load(folder: Path | None = None) -> Native:
         except (OSError, RuntimeError) as error:
             trouble = str(error).splitlines()[0]
     if trouble is None:
-        return Native(True, f"native CPU op, {torch.backends.cpu.get_cpu_capability()}")
+        return Native(True, f"native CPU op, {torch.ops.snoopi.cpu_capability()}")
     why = f"the native op snoopi/_cpu.so cannot be loaded: {trouble}"
     warnings.warn(
         f"{why}; the plain PyTorch path is used. Build it again: "
         "pip install --no-build-isolation -e .",
-        stacklevel=3,
+        stacklevel=2,
     )
     return Native(False, why)
 
@@ -52,3 +55,18 @@ def _unfit(path: Path) -> str | None:
     built = mark.group(1).decode().split("+")[0]
     runs = str(torch.__version__).split("+")[0]
     return None if built == runs else f"it was built for torch {built}, this is torch {runs}"
+
+
+NATIVE = load()
+
+
+def why_not(x: Tensor) -> str | None:
+    """Why the native op cannot take a tensor of this device and dtype; None if it can.
+
+    fp16 is computed in fp32: no processor of today multiplies it faster.
+    """
+    if x.device.type != "cpu":
+        return f"there is no fused kernel for {x.device.type} in this version"
+    if x.dtype not in _DTYPES:
+        return f"there is no fused kernel for {x.dtype}"
+    return None if NATIVE.loaded else NATIVE.why

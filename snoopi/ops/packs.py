@@ -1,30 +1,50 @@
 """Containers for the op's inputs: one text's keys and values, and an output projection.
 
-Both are NamedTuples of ordinary tensors, so they can be stored, moved and returned freely. In this
-version they hold plain contiguous tensors; a later one may hold a layout that a kernel reads
-faster, which is why callers make them with `pack_text` and `pack_linear` and look inside neither.
+Both are NamedTuples of ordinary tensors, so they can be stored, moved and returned freely. Where
+the native op runs they also hold the layout that its kernel reads, which is made for the processor
+at hand: panels of keys, values and weights, masked keys left out. Make them with `pack_text` and
+`pack_linear`, and look inside neither.
 """
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from snoopi.ops import checks
+from snoopi.ops import checks, native
 
 
 class TextPack(NamedTuple):
-    """One text as `nasa_attention_packed` takes it: k, v [b|1 n h d], mask bool [b|1 n] or None."""
+    """One text as `nasa_attention_packed` takes it: k, v [b|1 n h d], mask bool [b|1 n] or None.
+
+    packed: bytes [b|1 h size] of the native layout, with `live` int32 [b|1], the number of keys in
+    it; both None where there is no native kernel.
+    """
 
     k: Tensor
     v: Tensor
     mask: Tensor | None = None
+    packed: Tensor | None = None
+    live: Tensor | None = None
+
+    def native(self) -> tuple[Tensor | None, Tensor | None, int]:
+        """The arguments of snoopi::nasa_attention_packed for this text."""
+        return self.packed, self.live, self.k.shape[1]
 
 
 class LinearPack(NamedTuple):
-    """A projection as `nasa_attention_packed` takes it: weight [c_out h*d], bias [c_out]."""
+    """A projection as `nasa_attention_packed` takes it: weight [c_out h*d], bias [c_out].
+
+    packed: bytes [size] of the native layout; None where there is no native kernel.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
+    packed: Tensor | None = None
+
+    def native(self) -> tuple[Tensor | None, Tensor | None, int]:
+        """The arguments of snoopi::nasa_attention_packed for this projection."""
+        return self.packed, self.bias, self.weight.shape[0]
 
 
 def pack_text(k: Tensor, v: Tensor, mask: Tensor | None = None) -> TextPack:
@@ -37,7 +57,10 @@ def pack_text(k: Tensor, v: Tensor, mask: Tensor | None = None) -> TextPack:
         ValueError: shapes or dtypes that do not fit together.
     """
     checks.check_text_alone(k, v, mask)
-    return TextPack(k.contiguous(), v.contiguous(), None if mask is None else mask.contiguous())
+    packed = live = None
+    if native.why_not(k) is None:
+        packed, live = torch.ops.snoopi.pack_text(k, v, mask)
+    return TextPack(k, v, mask, packed, live)
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> LinearPack:
@@ -50,4 +73,6 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> LinearPack:
         ValueError: shapes or dtypes that do not fit together.
     """
     checks.check_linear(weight, bias, names=("weight", "bias"))
-    return LinearPack(weight.contiguous(), None if bias is None else bias.contiguous())
+    usable = native.why_not(weight) is None
+    packed = torch.ops.snoopi.pack_linear(weight) if usable else None
+    return LinearPack(weight, bias, packed)

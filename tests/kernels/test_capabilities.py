@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from snoopi.ops.nasa import NATIVE
+from snoopi.ops.native import NATIVE
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = """
@@ -17,7 +17,7 @@ sys.path[:0] = {paths!r}
 import torch
 from cases import CASES, check, make
 from snoopi import ops
-from snoopi.ops.nasa import NATIVE
+from snoopi.ops.native import NATIVE
 
 assert NATIVE.loaded and NATIVE.why.endswith({capability!r}.upper()), NATIVE.why
 for case in CASES:

@@ -7,7 +7,7 @@ import torch
 from cases import Case, make
 
 from snoopi import ops
-from snoopi.ops import nasa, native
+from snoopi.ops import native
 
 Z = torch.zeros
 
@@ -70,7 +70,7 @@ def test_fused_is_refused_where_it_does_not_exist(monkeypatch: pytest.MonkeyPatc
     meta = [x.to("meta") for x in (inputs.q, *inputs.texts)]
     with pytest.raises(ValueError, match=r"fused.* there is no fused kernel for meta"):
         ops.nasa_attention(*meta, nasa_scale=1.0, backend="fused")
-    monkeypatch.setattr(nasa, "NATIVE", native.Native(False, "it is not built"))
+    monkeypatch.setattr(native, "NATIVE", native.Native(False, "it is not built"))
     with pytest.raises(ValueError, match=r'backend="fused" is not possible here: it is not built'):
         call(backend="fused")
     with pytest.raises(ValueError, match="it is not built"):
@@ -83,11 +83,11 @@ def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
     args = (inputs.q, *inputs.texts)
     assert ops.explain(*args, nasa_scale=0.0).path == "plain"
     assert ops.explain(*args, nasa_scale=1.0, backend="reference").path == "reference"
-    if nasa.NATIVE.loaded:
+    if native.NATIVE.loaded:
         assert ops.explain(*args, nasa_scale=1.0).path == "fused"
         choice = ops.explain(inputs.q.requires_grad_(), *inputs.texts, nasa_scale=1.0)
         assert (choice.path, "gradient" in choice.why) == ("eager", True)
-    monkeypatch.setattr(nasa, "NATIVE", native.Native(False, "it is not built"))
+    monkeypatch.setattr(native, "NATIVE", native.Native(False, "it is not built"))
     assert ops.explain(*args, nasa_scale=1.0) == ("eager", "it is not built")
 
 

@@ -6,7 +6,7 @@ from cases import Case, Inputs, error, make
 from torch import Tensor
 
 from snoopi import ops
-from snoopi.ops.nasa import NATIVE
+from snoopi.ops.native import NATIVE
 
 BACKENDS = ["auto", "reference", *(["fused"] if NATIVE.loaded else [])]
 CASES = [

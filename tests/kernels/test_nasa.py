@@ -8,7 +8,7 @@ from cases import CASES, DTYPES, Case, Inputs, check, error, make
 from torch import Tensor
 
 from snoopi import ops
-from snoopi.ops.nasa import NATIVE
+from snoopi.ops.native import NATIVE
 
 BACKENDS = ["auto", "reference", *(["fused"] if NATIVE.loaded else [])]
 needs_native = pytest.mark.skipif(not NATIVE.loaded, reason=NATIVE.why)

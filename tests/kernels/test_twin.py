@@ -6,7 +6,7 @@ from cases import DTYPES, FLOOR, Case, Inputs, error, make
 
 from snoopi import ops
 from snoopi.ops import eager
-from snoopi.ops.nasa import NATIVE
+from snoopi.ops.native import NATIVE
 from snoopi.ops.packs import TextPack
 
 BACKENDS = ["auto", "reference", *(["fused"] if NATIVE.loaded else [])]
