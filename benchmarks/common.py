@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from snoopi import errors
-from snoopi.ops.nasa import NATIVE
+from snoopi.ops.native import NATIVE
 from snoopi.pictures import write_atomically
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -76,7 +76,7 @@ def test_json_holds_the_machine_and_a_row_a_shape(
         assert row["compiled_ms"] is None and row["compiled_why"] == "torch.compile was left out"
         assert set(row["quartiles_ms"]) == {"warm", "cold", "eager", "gemm"}
         assert row["error_fused"] < 1e-2 and row["error_eager"] < 1e-2
-        fused = ops.nasa.NATIVE.loaded  # type: ignore[attr-defined]
+        fused = common.NATIVE.loaded
         assert row["path"] == ("fused" if fused else "eager")
     means = {(s["dtype"], s["threads"], s["measure"]): s for s in result["summary"]}
     assert len(means) == 4 * len(nasa_kernel.MEASURES)
