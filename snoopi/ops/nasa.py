@@ -13,7 +13,6 @@ from snoopi.ops import checks, eager, library, native, reference
 from snoopi.ops.packs import LinearPack, TextPack
 
 
-
 class Choice(NamedTuple):
     """The path a call takes (fused, eager, reference or plain) and the reason in words."""
 

@@ -1,0 +1,432 @@
+"""The benchmark commands on tiny shapes: their files, their mistakes, and what stops them."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import common, nasa_kernel, nasa_price, plots, tables
+from benchmarks.nasa_kernel import Shape
+from snoopi import ops
+
+CONTRACT = (
+    *("shape", "dtype", "threads", "fused_ms", "eager_ms", "speedup", "gflops", "roof_fraction"),
+    *("error_fused", "error_eager"),
+)
+TINY = Shape(6, 3, 2, 4)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes and models that take no time."""
+    monkeypatch.setattr(nasa_kernel, "REAL", {"tiny": TINY, "odd": Shape(5, 7, 1, 3, b=2)})
+    monkeypatch.setattr(nasa_kernel, "GEMM", (8, 4, 6))
+    monkeypatch.setattr(nasa_kernel, "BASE", TINY)
+    sweeps = {"m": [TINY, Shape(9, 3, 2, 4)], "d": [TINY, Shape(6, 3, 1, 8)]}
+    monkeypatch.setattr(nasa_kernel, "SWEEPS", sweeps)
+    monkeypatch.setattr(nasa_price, "MODEL", "debug")
+    monkeypatch.setattr(nasa_price, "LATENT", 4)
+    monkeypatch.setattr(nasa_price, "TEXT", 3)
+    monkeypatch.setattr(common, "num_cores", lambda: 2)
+
+
+def kernel(*arguments: str) -> int:
+    return nasa_kernel.main(["--repeats", "2", "--no-compile", *arguments])
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.endswith("\n"), err
+    return err
+
+
+# --- nasa_kernel ----------------------------------------------------------------------------------
+
+
+def test_json_holds_the_machine_and_a_row_a_shape(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "new" / "out.json"
+    before = torch.get_num_threads()
+    assert kernel("--threads", "1,2", "--json", str(file)) == 0
+    assert torch.get_num_threads() == before
+    out = capsys.readouterr().out
+    assert "checked 8 rows against fp64" in out and f"wrote {file}" in out
+    result = json.loads(file.read_text())
+    assert list(result) == ["benchmark", "command", "machine", "rows", "summary", "notes"]
+    keys = [(row["shape"], row["dtype"], row["threads"]) for row in result["rows"]]
+    assert keys == [
+        (shape, dtype, threads)
+        for dtype in ("fp32", "bf16")
+        for threads in (1, 2)
+        for shape in ("tiny", "odd")
+    ]
+    for row in result["rows"]:
+        assert set(CONTRACT) <= set(row)
+        assert row["speedup"] == pytest.approx(row["eager_ms"] / row["fused_ms"])
+        assert row["roof_fraction"] == pytest.approx(row["gflops"] / row["roof_gflops"])
+        assert row["compiled_ms"] is None and row["compiled_why"] == "torch.compile was left out"
+        assert set(row["quartiles_ms"]) == {"warm", "cold", "eager", "gemm"}
+        assert row["error_fused"] < 1e-2 and row["error_eager"] < 1e-2
+        fused = common.NATIVE.loaded
+        assert row["path"] == ("fused" if fused else "eager")
+    means = {(s["dtype"], s["threads"], s["measure"]): s for s in result["summary"]}
+    assert len(means) == 4 * len(nasa_kernel.MEASURES)
+    line = means["bf16", 2, "warm over eager"]
+    speeds = [r["speedup"] for r in result["rows"] if (r["dtype"], r["threads"]) == ("bf16", 2)]
+    assert line["mean"] == pytest.approx(math.sqrt(math.prod(speeds)))
+    assert line["worst"] == min(speeds)
+    assert means["bf16", 2, "warm over compiled"]["mean"] is None
+
+
+def test_flops_and_bytes_are_those_of_the_definition() -> None:
+    x = nasa_kernel.make_inputs(Shape(5, 7, 2, 3, b=2), "bf16")
+    products = 2 * 2 * (2 * 2 * 5 * 7 * 6)  # texts, Q K^T and P V, 2 b m n c
+    assert Shape(5, 7, 2, 3, b=2).flops == products + 2 * (2 * 5) * 6 * 6
+    moved = sum(tensor.nbytes for tensor in x) + x.q.nbytes  # the result is as large as q
+    assert Shape(5, 7, 2, 3, b=2).bytes("bf16") == moved
+
+
+def test_the_real_shapes_are_those_of_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert len(nasa_kernel.REAL) == 7
+    assert nasa_kernel.REAL["pixart-1024"] == Shape(1024, 120, 16, 72)
+    layers = nasa_price.layer_shapes()
+    assert len(layers) == 16
+    assert layers[0] == layers[-1] == nasa_kernel.REAL["sd21-4096"]
+    assert [shape.m for shape in layers[4:9]] == [256, 256, 64, 256, 256]
+    for axis, shapes in nasa_kernel.SWEEPS.items():
+        assert nasa_kernel.BASE in shapes
+        assert all(s.c == nasa_kernel.BASE.c for s in shapes)
+        assert len({getattr(s, axis) for s in shapes}) == len(shapes)
+
+
+@pytest.mark.parametrize("wrong", ["warm", "cold"])
+def test_a_wrong_result_stops_it_before_timing(
+    wrong: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name = {"warm": "nasa_attention_packed", "cold": "nasa_attention"}[wrong]
+    right = getattr(ops, name)
+
+    def off(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = right(q, *args, **kwargs)
+        return result if kwargs.get("backend") == "reference" or q.shape[0] == 1 else 1.01 * result
+
+    monkeypatch.setattr(ops, name, off)
+    monkeypatch.setattr(common, "interleave", lambda *_: pytest.fail("was timed"))
+    file = tmp_path / "out.json"
+    assert kernel("--threads", "1", "--dtype", "fp32", "--json", str(file)) == 1
+    said = one_line(capsys)
+    assert f"odd (b2 m5 n7 h1 d3) fp32 on 1 thread, {wrong}: error 0.01" in said
+    assert not file.exists()
+
+
+def test_the_error_rule() -> None:
+    exact = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert common.error(torch.tensor([3.0, 4.5]), exact) == pytest.approx(0.1)
+    for bad in (math.nan, math.inf):
+        assert common.error(torch.tensor([3.0, bad]), exact) == math.inf
+    assert common.error(torch.ones(1), exact) == math.inf
+    with pytest.raises(common.WrongResult, match="what: error inf"):
+        common.check_error("what", "fp32", math.inf, 1.0)
+    with pytest.raises(common.WrongResult):
+        common.check_error("what", "fp32", math.nan, 1.0)  # NaN is above no bound either
+    with pytest.raises(common.WrongResult):
+        common.check_error("what", "bf16", 2.1e-3, 1e-3)
+    common.check_error("what", "bf16", 1.9e-3, 1e-3)
+    common.check_error("what", "fp32", 1.9e-7, 0.0)
+
+
+def test_without_a_compiler_the_row_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        def call(*_: Any) -> Any:
+            raise RuntimeError("no /usr/bin/c++\nmore lines")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    file = tmp_path / "out.json"
+    arguments = ["--repeats", "1", "--threads", "1", "--dtype", "fp32", "--json", str(file)]
+    assert nasa_kernel.main(arguments) == 0
+    why = "torch.compile failed: RuntimeError: no c++"
+    for row in json.loads(file.read_text())["rows"]:
+        assert row["compiled_ms"] is None and row["speedup_compiled"] is None
+        assert row["compiled_why"] == why
+    assert f"2 of 2 rows have none: {why}" in capsys.readouterr().out
+
+
+def test_a_wrong_compiled_result_stops_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda *x: 1.01 * f(*x))
+    assert nasa_kernel.main(["--threads", "1", "--dtype", "fp32", "--shapes", "tiny"]) == 1
+    assert "tiny (b1 m6 n3 h2 d4) fp32 on 1 thread, compiled: error 0.01" in one_line(capsys)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_op_and_eager_run_on_the_threads_of_the_row(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[int]] = {"warm": set(), "eager": set()}
+
+    def spy(name: str, run: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen[name].add(torch.get_num_threads())
+            return run(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(ops, "nasa_attention_packed", spy("warm", ops.nasa_attention_packed))
+    monkeypatch.setattr(nasa_kernel, "chain", spy("eager", nasa_kernel.chain))
+    assert kernel("--threads", str(count), "--shapes", "tiny", "--dtype", "fp32") == 0
+    assert seen == {"warm": {count}, "eager": {count}}
+
+
+@pytest.mark.slow
+def test_torch_compile_is_a_competitor(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    arguments = ["--repeats", "1", "--threads", "1", "--json", str(file), "--shapes", "tiny"]
+    assert nasa_kernel.main(arguments) == 0
+    for row in json.loads(file.read_text())["rows"]:
+        assert row["compiled_why"] is None
+        assert row["speedup_compiled"] == pytest.approx(row["compiled_ms"] / row["fused_ms"])
+
+
+def test_a_call_handed_to_eager_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choice = ops.explain(*nasa_kernel.make_inputs(TINY, "fp32"), nasa_scale=1.0)
+    monkeypatch.setattr(ops, "explain", lambda *_, **__: choice._replace(path="eager", why="small"))
+    file = tmp_path / "out.json"
+    assert kernel("--threads", "1", "--shapes", "tiny", "--json", str(file)) == 0
+    for row in json.loads(file.read_text())["rows"]:
+        assert row["handed_to_eager"] and row["speedup_cold"] == 1.0 and row["why"] == "small"
+    out = capsys.readouterr().out
+    assert "= eager" in out and "path eager are handed to it" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--shapes", "sd15"], "unknown shape 'sd15'"),
+        (["--threads", "0"], "--threads must be numbers of at least 1"),
+        (["--threads", "1,,2"], "--threads must be numbers"),
+        (["--threads", "3"], "--threads must be at most 2"),
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--plots", "x"], "it needs --shapes sweep"),
+        (["--json", "."], "--json must be a file"),
+        (["--json", f"{__file__}/x.json"], "is not a folder"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(
+    arguments: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(nasa_kernel, "check", lambda *_: pytest.fail("it began"))
+    assert kernel(*arguments) == 2
+    assert said in one_line(capsys)
+
+
+@pytest.mark.parametrize("arguments", [["--dtype", "fp8"], ["--nope"], ["--repeats", "x"]])
+@pytest.mark.parametrize("main", [nasa_kernel.main, nasa_price.main])
+def test_unknown_options_are_one_line_and_status_2(
+    main: Any, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    one_line(capsys)
+
+
+# --- plots and tables -----------------------------------------------------------------------------
+
+
+def test_plots_without_matplotlib_say_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(nasa_kernel, "check", lambda *_: pytest.fail("it began"))
+    assert kernel("--shapes", "sweep", "--plots", str(tmp_path / "plots")) == 2
+    assert "pip install -r requirements/plots.txt" in one_line(capsys)
+    assert not (tmp_path / "plots").exists()
+
+
+def test_a_sweep_moves_one_size_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, list[common.Row]] = {}
+
+    def draw(path: Path, axis: str, label: str, title: str, rows: list[common.Row]) -> None:
+        drawn[axis] = rows
+
+    monkeypatch.setattr(plots, "check_installed", lambda option: None)
+    monkeypatch.setattr(plots, "draw_sweep", draw)
+    arguments = ["--shapes", "sweep", "--dtype", "bf16", "--threads", "1,2"]
+    assert kernel(*arguments, "--plots", str(tmp_path)) == 0
+    at = {axis: [row[axis] for row in rows] for axis, rows in drawn.items()}
+    assert at == {"m": [6, 9], "n": [3], "d": [4, 8], "b": [1], "threads": [1, 2]}
+
+
+def test_sweeps_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "plots"
+    assert kernel("--shapes", "sweep", "--threads", "1", "--plots", str(folder)) == 0
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["b.png", "d.png", "m.png", "n.png", "threads.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
+
+
+def test_tables_of_both_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second, page = (tmp_path / name for name in ("k.json", "p.json", "page.md"))
+    assert kernel("--threads", "1", "--json", str(first)) == 0
+    part = ["--part", "attention", "--threads", "1", "--pairs", "2", "--json", str(second)]
+    assert nasa_price.main(part) == 0
+    assert tables.main([str(first), str(second), "--out", str(page)]) == 0
+    text = page.read_text()
+    command = "python -m benchmarks.nasa_kernel --shapes real --dtype both --threads 1"
+    assert f"\n    {command} --repeats 2 --no-compile\n" in text
+    assert str(tmp_path) not in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert sum(line.startswith("| tiny | fp32 | 1 |") for line in rows) == 1
+    assert sum(line.startswith("| all 7 layers |") for line in rows) == 1
+    assert json.loads(first.read_text())["machine"]["processor"] in text
+    capsys.readouterr()
+    assert tables.main([str(second)]) == 0
+    assert capsys.readouterr().out == text[text.index("## The price") :]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"benchmark": "other"}'])
+def test_other_files_are_no_results(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(content)
+    assert tables.main([str(file)]) == 2
+    assert f"{file} is not what a benchmark's --json writes" in one_line(capsys)
+    assert tables.main([str(tmp_path / "absent.json")]) == 2
+    assert "absent.json" in one_line(capsys)
+
+
+# --- nasa_price -----------------------------------------------------------------------------------
+
+
+def test_price_of_the_layers_and_of_a_step(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    assert nasa_price.main(["--threads", "1,2", "--pairs", "3", "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    assert result["command"].endswith("--part both --dtype bf16 --threads 1,2 --pairs 3")
+    rows = [row for row in result["rows"] if row["threads"] == 2]
+    assert len(rows) == len(result["rows"]) / 2
+    *layers, together, step = rows
+    assert sum(int(row["shape"].split()[0]) for row in layers) == 7
+    assert together["shape"] == "all 7 layers" and step["shape"] == "a step of debug's UNet"
+    assert step["eager_ms"] is None and together["eager_ms"] > 0
+    for row in rows:
+        assert row["ratio_of_medians"] == pytest.approx(row["nasa_ms"] / row["plain_ms"])
+        low, high = row["ratio_quartiles"]
+        assert low <= row["ratio"] <= high
+
+
+def test_pairs_are_compared_one_by_one() -> None:
+    times = {"nasa": [2.0, 3.0, 8.0], "plain": [1.0, 2.0, 4.0]}
+    row = nasa_price._row("x", "bf16", 1, {k: common.Times(v, v) for k, v in times.items()})
+    assert row["ratio_of_medians"] == 1.5 and row["ratio"] == 2.0
+    assert row["ratio_quartiles"] == (1.75, 2.0)
+
+
+def test_plain_is_the_layer_without_a_negative() -> None:
+    x = nasa_kernel.make_inputs(TINY, "fp32")
+    expected = ops.attention(x.q, x.k_pos, x.v_pos, None, x.w_out, x.b_out)
+    torch.testing.assert_close(nasa_price.plain(x), expected)
+
+
+def test_a_step_that_the_negative_does_not_change_stops_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(nasa_price, "NASA_SCALE", 0.0)
+    assert nasa_price.main(["--part", "step", "--threads", "1"]) == 1
+    assert "the negative changes nothing" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--pairs", "0"], "--pairs must be at least 1"), (["--threads", "9"], "at most 2")],
+)
+def test_mistakes_of_price(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert nasa_price.main(arguments) == 2
+    assert said in one_line(capsys)
+
+
+# --- the shared parts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_rounds_are_interleaved_and_their_order_changes(count: int) -> None:
+    names = [f"c{i}" for i in range(count)]
+    calls: list[str] = []
+    competitors = {name: [lambda name=name: calls.append(name)] for name in names}
+    times = common.interleave(competitors, rounds=count * max(count - 1, 1), warmup=0)  # type: ignore[arg-type]
+    rounds = [calls[i : i + count] for i in range(0, len(calls), count)]
+    assert all(sorted(one) == names for one in rounds)
+    assert {one[0] for one in rounds} == set(names)
+    assert all(len(parts[0].seconds) == len(rounds) for parts in times.values())
+    if count == 5:  # everybody comes after everybody else
+        assert len({pair for one in rounds for pair in itertools.pairwise(one)}) == 20
+
+
+def test_warmup_is_run_and_not_counted() -> None:
+    calls: list[int] = []
+    times = common.interleave({"a": [lambda: calls.append(0), lambda: None]}, rounds=3, warmup=2)
+    assert len(calls) == 5 and [len(part.seconds) for part in times["a"]] == [3, 3]
+    together = common.total(times["a"])
+    assert together.seconds[1] == times["a"][0].seconds[1] + times["a"][1].seconds[1]
+
+
+def test_median_and_quartiles() -> None:
+    times = common.Times([0.001, 0.004, 0.002, 0.003, 0.1], [0.0] * 5)
+    assert times.ms == pytest.approx(3.0) and times.quartiles_ms == pytest.approx((2.0, 4.0))
+    assert common.quartiles([7.0]) == (7.0, 7.0)
+    assert common.geomean([1.0, 4.0]) == pytest.approx(2.0)
+
+
+def test_rows_that_got_too_few_cores_are_counted() -> None:
+    rows = [{"threads": 2, "cores": {"a": 2.0, "b": b}} for b in (1.1, 1.9, 1.5)]
+    assert common.busy(rows)[0].startswith("2 of 3 rows") and not common.busy(rows[1:2])
+    assert common.cores(rows[0]) == "1.1"
+
+
+def test_threads_hold_for_both_and_come_back() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), common.at_threads(2):
+        assert torch.get_num_threads() == 2
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+def test_the_machine_names_neither_paths_nor_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    missing = common.NATIVE._replace(loaded=False, why="cannot be loaded: /home/me/_cpu.so: no")
+    monkeypatch.setattr(common, "NATIVE", missing)
+    described = common.machine([1])
+    assert described["op"] == "cannot be loaded"
+    assert described["environment"] == {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    assert described["torch"] == torch.__version__ and described["threads"] == [1]
+    text = json.dumps(described)
+    assert os.uname().nodename not in text and "/home" not in text
+    assert "ONEDNN_MAX_CPU_ISA=AVX2" in common.machine_lines(described)
