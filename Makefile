@@ -15,7 +15,7 @@ CPP    := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart quickstart-60s build test parity lint format clean
+.PHONY: help quickstart quickstart-60s build test isa parity lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,19 @@ build: $(STAMPS)/build ## Make .venv, install the pinned requirements, build the
 test: build $(STAMPS)/test ## Run the tests (all but gpu, slow and parity)
 	@echo "==> Test: pytest $(PYTEST)"
 	@$(BIN)/python -m pytest -m "not slow and not gpu and not parity" $(PYTEST)
+
+# Processors that torch's own switches can make of this one. AMX runs on plain code in its place.
+ISAS := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=AVX512_CORE \
+        ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16
+
+isa: build $(STAMPS)/test ## Run the op's tests as lesser processors would, and AMX emulated
+	@for isa in $(ISAS); do \
+	  echo "==> $$isa: pytest tests/kernels $(PYTEST)"; \
+	  env $$isa $(BIN)/python -m pytest $(PYTEST) tests/kernels || exit 1; done
+	@echo "==> Build: the op with AMX emulated"
+	@SNOOPI_EMULATE_AMX=1 $(BIN)/python setup.py -q build --build-base build/amx --build-lib build/amx/lib
+	@echo "==> AMX emulated: pytest tests/kernels $(PYTEST)"
+	@$(BIN)/python -m pytest $(PYTEST) -o pythonpath=build/amx/lib tests/kernels
 
 parity: build $(STAMPS)/parity ## Compare with diffusers, transformers and peft
 	@echo "==> Parity: pytest tests/parity $(PYTEST)"

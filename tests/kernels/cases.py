@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snoopi import ops
 from snoopi.ops import eager, reference
 from snoopi.ops.packs import TextPack
 
 FLOOR = {torch.float32: 2e-7, torch.bfloat16: 1e-3, torch.float16: 2e-4, torch.float64: 1e-12}
+MEAN_ERRORS: dict[torch.dtype, float] = {}  # filled by test_mean_error_is_that_of_eager
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -52,6 +54,7 @@ CASES = [
     Case(m=31, n=77, d=64, c_out=None),
     Case(m=35, n=120, n_neg=5, d=72),
     Case(m=47, n=77, d=80, c_out=7),
+    Case(m=261, n=20, d=20, h=4, c_out=75),
     Case(m=17, n=77, n_neg=300, d=160, h=1),
     Case(m=150, n=13, d=5, h=3, b=3),
     Case(m=33, n=12, d=16, null=True),
@@ -95,6 +98,19 @@ class Inputs:
         null = None if k_null is None else TextPack(k_null, v_null, mask_null)
         scale = self.q.shape[-1] ** -0.5
         return chain(self.q, pos, neg, null, w_out, b_out, self.kwargs["nasa_scale"], scale)
+
+    def packed(self) -> Tensor:
+        """The result of the op on packs."""
+        kwargs = self.kwargs
+        pos = ops.pack_text(*self.texts[:2], kwargs["mask_pos"])
+        neg = ops.pack_text(*self.texts[2:], kwargs["mask_neg"])
+        null = out = None
+        if "k_null" in kwargs:
+            null = ops.pack_text(*(kwargs[x] for x in ("k_null", "v_null", "mask_null")))
+        if "w_out" in kwargs:
+            out = ops.pack_linear(kwargs["w_out"], kwargs["b_out"])
+        a = kwargs["nasa_scale"]
+        return ops.nasa_attention_packed(self.q, pos, neg, out, null=null, nasa_scale=a)
 
     def exact(self) -> Tensor:
         """The result in fp64, from the inputs as they are."""

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import CASES, DTYPES, Case, Inputs, check, error, make
+from cases import CASES, DTYPES, MEAN_ERRORS, Case, Inputs, check, error, make
 from torch import Tensor
 
 from snoopi import ops
@@ -26,19 +26,21 @@ def test_error_is_at_most_twice_that_of_eager(case: Case, dtype: torch.dtype) ->
         out = run(inputs, backend)
         assert out.dtype == dtype
         check(out, inputs)
+    check(inputs.packed(), inputs)
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mean_error_is_that_of_eager(dtype: torch.dtype) -> None:
-    bound = {torch.float32: 1.5, torch.bfloat16: 1.0}[dtype]
     logs = []
-    for case in CASES:
-        inputs = make(case, dtype, seed=1)
-        exact = inputs.exact()
-        ours, theirs = error(run(inputs, "fused"), exact), error(inputs.eager(), exact)
-        logs.append(math.log(max(ours, 1e-9) / max(theirs, 1e-9)))
-    assert math.exp(sum(logs) / len(logs)) <= bound + 0.05
+    for seed in range(3):
+        for case in CASES:
+            inputs = make(case, dtype, seed)
+            exact = inputs.exact()
+            ours, theirs = error(run(inputs, "fused"), exact), error(inputs.eager(), exact)
+            logs.append(math.log(max(ours, 1e-9) / max(theirs, 1e-9)))
+    MEAN_ERRORS[dtype] = math.exp(sum(logs) / len(logs))
+    assert MEAN_ERRORS[dtype] <= {torch.float32: 1.5, torch.bfloat16: 1.0}[dtype]
 
 
 @needs_native
@@ -138,17 +140,44 @@ def test_attention_is_softmax_attention() -> None:
     assert torch.equal(ops.attention(inputs.q, k, v, mask)[1], torch.zeros_like(inputs.q[1]))
 
 
-def test_packed_call_gives_the_same() -> None:
-    inputs = make(Case(m=33, n=12, d=16, null=True, mask="random", strength=True, strided=True))
-    kwargs = inputs.kwargs
-    pos = ops.pack_text(*inputs.texts[:2], kwargs["mask_pos"])
-    neg = ops.pack_text(*inputs.texts[2:], kwargs["mask_neg"])
-    null = ops.pack_text(kwargs["k_null"], kwargs["v_null"], kwargs["mask_null"])
-    out = ops.pack_linear(kwargs["w_out"], kwargs["b_out"])
-    a = kwargs["nasa_scale"]
-    packed = ops.nasa_attention_packed(inputs.q, pos, neg, out, null=null, nasa_scale=a)
-    torch.testing.assert_close(packed, run(inputs))
-    assert ops.nasa_attention_packed(inputs.q, pos, neg, None, nasa_scale=a).shape == inputs.q.shape
+@needs_native
+def test_packs_hold_the_native_layout() -> None:
+    inputs = make(Case(m=33, n=12, d=16, mask="random"))
+    pos = ops.pack_text(*inputs.texts[:2], inputs.kwargs["mask_pos"])
+    neg = ops.pack_text(*inputs.texts[2:])
+    out = ops.pack_linear(inputs.kwargs["w_out"], inputs.kwargs["b_out"])
+    assert pos.packed is not None and pos.live is not None and out.packed is not None
+    assert torch.equal(pos.live, inputs.kwargs["mask_pos"].sum(1).int())
+    expected = ops.nasa_attention_packed(inputs.q, pos, neg, out, nasa_scale=0.5)
+    for part in (pos.k, pos.v, neg.k, neg.v, out.weight):
+        part.zero_()  # the pack is a snapshot
+    found = ops.nasa_attention_packed(inputs.q, pos, neg, out, nasa_scale=0.5)
+    assert torch.equal(found, expected)
+    assert ops.nasa_attention_packed(inputs.q, pos, neg, None, nasa_scale=0.5).dim() == 4
+
+
+@needs_native
+def test_packs_of_another_layout_are_refused() -> None:
+    inputs = make(Case(m=33, n=12, d=16))
+    pos, neg = ops.pack_text(*inputs.texts[:2]), ops.pack_text(*inputs.texts[2:])
+    out = ops.pack_linear(inputs.kwargs["w_out"])
+    assert neg.packed is not None and out.packed is not None
+    with pytest.raises(RuntimeError, match="a packed text must be"):
+        cut = neg._replace(packed=neg.packed[..., :-64].contiguous())
+        ops.nasa_attention_packed(inputs.q, pos, cut, out, nasa_scale=0.5)
+    with pytest.raises(RuntimeError, match="a packed weight must be"):
+        cut_out = out._replace(packed=out.packed[:-64])
+        ops.nasa_attention_packed(inputs.q, pos, neg, cut_out, nasa_scale=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packs_under_autocast(dtype: torch.dtype) -> None:
+    inputs = make(Case(m=33, n=12, d=16, null=True))
+    inputs.texts = [x.to(dtype) for x in inputs.texts]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, plain = inputs.packed(), run(inputs)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, plain)
 
 
 def test_inputs_are_left_alone() -> None:
