@@ -29,26 +29,32 @@ struct PackedText {
   int64_t n;             // keys there is room for
 };
 
-// How the texts' attentions become one output, or several.
+// How the texts' attentions Z+ (positive), Z- (negative) and Z0 (null) become one output, or
+// several. `a` is the strength.
 enum class Combine {
-  kNASA,  // weights 1, -a, +a of the positive, the negative and the null text
-  kTwin,  // every text has an output of its own
+  kNASA,  // Z+ - a Z- + a Z0
+  kTwin,  // every text has an output of its own, and its log-sum-exp
+  kVSF,   // one softmax over both texts, the negative logits lowered by `bias`, its values times -a
+  kNAG,   // blend z + (1 - blend) Z+ with z = Z+ + a (Z+ - Z-), its norm kept below tau times Z+'s
 };
 
-// One cross-attention call. z = sum over texts of weight_t * softmax(softmax_scale q k_t^T) v_t,
-// and with a projection out = z w^T + bias.
+// One cross-attention call. Z = softmax(softmax_scale q k^T) v of a text, then the combination,
+// then with a projection out = z w^T + bias.
 struct Attention {
   int64_t b, m, h, d;
   const void* q;
   int64_t q_stride[3];  // (batch, token, head)
   int num_texts;
   PackedText texts[kMaxTexts];
-  Combine combine;
   double softmax_scale;
-  double nasa_scale;     // a, unless there is a strength
+  Combine combine;
+  double scale;          // a, unless there is a strength
   const void* strength;  // a by query [b m], contiguous, in the accumulator's type; or null
-  const void* w;         // [c_out h*d] in the kernel's layout; null: no projection
-  const void* bias;      // [c_out], or null
+  double vsf_bias;
+  double nag_tau, nag_blend;
+  int nag_norm;      // 1 or 2, over all heads of a row
+  const void* w;     // [c_out h*d] in the kernel's layout; null: no projection
+  const void* bias;  // [c_out], or null
   int64_t c_out;
   void*
       out[kMaxTexts];  // contiguous: [b m c_out] with a projection, else [b m h d]; by text if twin

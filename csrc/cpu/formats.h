@@ -21,6 +21,16 @@ inline float widen(BFloat16 x) {
   return y;
 }
 
+inline VecF widen_load(const float* from) { return load(from); }
+inline VecD widen_load(const double* from) { return load(from); }
+inline VecF widen_load(const BFloat16* from) {
+  typedef uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
+  VecU16 x;
+  __builtin_memcpy(&x, from, sizeof(x));
+  return (VecF)(__builtin_convertvector(x, VecU32) << 16);
+}
+
 // One vector, rounded to T where that is narrower.
 inline void narrow_store(VecF x, float* to) { store(to, x); }
 inline void narrow_store(VecD x, double* to) { store(to, x); }

@@ -9,145 +9,10 @@
 // projection follows while z is in the second. Text and weights come packed (see gemm.h), masked
 // keys left out, so the loops know no mask.
 #include "attention.h"
-#include "gemm.h"
+#include "softmax.h"
 
 namespace snoopi {
 namespace {
-
-constexpr double kLog2E = 1.4426950408889634074;
-constexpr double kLn2 = 0.69314718055994530942;
-
-template <typename F>
-constexpr int W = kWidth<typename F::Acc>;
-
-template <typename F>
-inline int64_t vectors_of(int64_t columns) {
-  return (columns + W<F> - 1) / W<F>;
-}
-
-// Units of a packed matrix: `columns` columns, each `depth` elements deep.
-template <typename F>
-inline int64_t packed_units(int64_t columns, int64_t depth) {
-  return vectors_of<F>(columns) * W<F> * depth_units<F>(depth);
-}
-
-// Where vector `v` of a packed matrix begins, and the stride of its steps.
-template <typename Unit>
-struct Place {
-  Unit* at;
-  int64_t step;
-};
-
-template <typename F>
-inline Place<typename F::Unit> place(typename F::Unit* packed, int64_t v, int64_t vectors,
-                                     int64_t units) {
-  const int64_t panel = v / kPanelVectors * kPanelVectors;
-  const int64_t width = vectors - panel < kPanelVectors ? vectors - panel : kPanelVectors;
-  return {packed + panel * W<F> * units + (v - panel) * W<F>, width * W<F>};
-}
-
-// Row i of a matrix: row live[i], or i itself without `live`, of the tensor.
-template <typename T>
-inline const T* row_at(const T* rows, int64_t stride, const int32_t* live, int64_t i) {
-  return rows + (live == nullptr ? i : live[i]) * stride;
-}
-
-// Vectors [v_begin, v_end) of the packed transposed matrix: its rows become columns. For keys and
-// weights, whose rows lie along the depth.
-template <typename F>
-void pack_rows(const typename F::T* rows, int64_t stride, const int32_t* live, int64_t num_rows,
-               int64_t depth, int64_t v_begin, int64_t v_end, typename F::Unit* packed) {
-  typedef typename F::Unit Unit;
-  typedef typename F::Acc Acc;  // of a unit's size: a transposition only moves bits
-  static_assert(sizeof(Unit) == sizeof(Acc));
-  constexpr int kW = W<F>;
-  const int64_t units = depth_units<F>(depth), vectors = vectors_of<F>(num_rows);
-  alignas(64) Unit square[kW * kW], turned[kW * kW];
-  for (int64_t v = v_begin; v < v_end; ++v) {
-    const Place<Unit> to = place<F>(packed, v, vectors, units);
-    for (int64_t k = 0; k < units; k += kW) {
-      const int64_t first = k * F::kPerUnit;
-      for (int64_t r = 0; r < kW; ++r) {
-        const int64_t i = v * kW + r;
-        const int64_t left = i < num_rows && first < depth ? depth - first : 0;
-        const typename F::T* row = row_at(rows, stride, live, i < num_rows ? i : 0);
-        fill_units<F>(row + (left > 0 ? first : 0), left, square + r * kW, kW);
-      }
-      transpose_square(reinterpret_cast<const Acc*>(square), kW, reinterpret_cast<Acc*>(turned),
-                       kW);
-      const int64_t steps = units - k < kW ? units - k : kW;
-      for (int64_t i = 0; i < steps; ++i) {
-        __builtin_memcpy(to.at + (k + i) * to.step, turned + i * kW, kW * sizeof(Unit));
-      }
-    }
-  }
-}
-
-// The packed matrix of values: its rows are the steps of depth.
-template <typename F>
-void pack_values(const typename F::T* rows, int64_t stride, const int32_t* live, int64_t num_rows,
-                 int64_t columns, typename F::Unit* packed) {
-  typedef typename F::Unit Unit;
-  constexpr int kW = W<F>;
-  const int64_t units = depth_units<F>(num_rows), vectors = vectors_of<F>(columns);
-  for (int64_t v = 0; v < vectors; ++v) {
-    const Place<Unit> to = place<F>(packed, v, vectors, units);
-    const int64_t filled = columns - v * kW < kW ? columns - v * kW : kW;
-    for (int64_t k = 0; k < units; ++k) {
-      Unit* step = to.at + k * to.step;
-      const int64_t i = k * F::kPerUnit;
-      const int64_t count = i < num_rows ? filled : 0;
-      const typename F::T* row = row_at(rows, stride, live, i < num_rows ? i : 0) + v * kW;
-      if constexpr (F::kPerUnit == 1) {
-        fill_units<F>(row, count, step, kW);
-      } else {
-        const bool pair = i + 1 < num_rows;
-        const typename F::T* next = pair ? row_at(rows, stride, live, i + 1) + v * kW : row;
-        for (int64_t j = 0; j < kW; ++j) {
-          const uint32_t low = j < count ? row[j].bits : 0;
-          const uint32_t high = pair && j < count ? next[j].bits : 0;
-          step[j] = low | high << 16;
-        }
-      }
-    }
-  }
-}
-
-template <typename F>
-int64_t key_bytes(int64_t n, int64_t d) {
-  return round_up(packed_units<F>(n, d) * static_cast<int64_t>(sizeof(typename F::Unit)), 64);
-}
-
-template <typename F>
-int64_t text_bytes(int64_t n, int64_t d) {
-  const int64_t values = packed_units<F>(d, n) * static_cast<int64_t>(sizeof(typename F::Unit));
-  return key_bytes<F>(n, d) + round_up(values, 64);
-}
-
-template <typename F>
-void pack_text(const Text& text, int64_t b, int64_t h, const int32_t* live, int64_t num_live,
-               void* to) {
-  typedef typename F::T T;
-  typedef typename F::Unit Unit;
-  const T* k = static_cast<const T*>(text.k) + b * text.k_stride[0] + h * text.k_stride[2];
-  const T* v = static_cast<const T*>(text.v) + b * text.v_stride[0] + h * text.v_stride[2];
-  char* values = static_cast<char*>(to) + key_bytes<F>(text.n, text.d);
-  pack_rows<F>(k, text.k_stride[1], live, num_live, text.d, 0, vectors_of<F>(num_live),
-               static_cast<Unit*>(to));
-  pack_values<F>(v, text.v_stride[1], live, num_live, text.d, reinterpret_cast<Unit*>(values));
-}
-
-template <typename F>
-int64_t linear_bytes(int64_t c_out, int64_t c_in) {
-  return packed_units<F>(c_out, c_in) * static_cast<int64_t>(sizeof(typename F::Unit));
-}
-
-template <typename F>
-void pack_linear(const void* w, int64_t stride, int64_t c_out, int64_t c_in, int64_t begin,
-                 int64_t end, void* to) {
-  pack_rows<F>(static_cast<const typename F::T*>(w), stride, nullptr, c_out, c_in, begin / W<F>,
-               vectors_of<F>(end), static_cast<typename F::Unit*>(to));
-}
 
 // What a thread works in.
 template <typename F>
@@ -159,10 +24,15 @@ struct Scratch {
   typename F::Acc* max[kMaxTexts];  // [block]: the largest logit, times log2 e
   typename F::Acc* sum[kMaxTexts];  // [block]: of the exponentials
   typename F::Acc* weight[kMaxTexts];  // [block]: what o counts for
-  typename F::Element* z;              // [rows, depth of h d]: all heads of a task's rows
-  typename F::Acc* y;                  // [block, panel]: projected
+  typename F::Element* z[2];  // [rows, depth of h d]: a task's rows, all heads; NAG: by text
+  typename F::Acc* y;         // [block, panel]: projected
   int64_t q_stride, n_stride[kMaxTexts], p_stride[kMaxTexts], o_stride, z_stride;  // in units
 };
+
+// Whether a task's rows are kept, all heads wide, for a step after the attention.
+inline bool keeps_rows(const Attention& call) {
+  return call.w != nullptr || call.combine == Combine::kNAG;
+}
 
 // Lays the parts out in `memory`; with null only counts. Returns bytes.
 template <typename F>
@@ -190,114 +60,64 @@ int64_t lay_out(const Attention& call, char* memory, Scratch<F>* scratch) {
     take(&scratch->o[t], kBlockRows * scratch->o_stride);
     take(&scratch->max[t], kBlockRows + W<F>);
     take(&scratch->sum[t], kBlockRows + W<F>);
-    take(&scratch->weight[t], kBlockRows);
+    take(&scratch->weight[t], kBlockRows + W<F>);
   }
   scratch->z_stride = 0;
-  if (call.w != nullptr) {
+  if (keeps_rows(call)) {
     // A vector more: the last head's last vector may be wider than what is left of the row, and
     // strides of a power of two would crowd few sets of the cache.
     scratch->z_stride = depth_units<F>(call.h * call.d) + 2 * W<F>;
     const int64_t rows = round_up(call.rows, kBlockRows);
-    take(&scratch->z, rows * scratch->z_stride * F::kPerUnit);
+    const int num = call.combine == Combine::kNAG ? 2 : 1;
+    for (int t = 0; t < num; ++t) {
+      take(&scratch->z[t], rows * scratch->z_stride * F::kPerUnit);
+    }
     take(&scratch->y, kBlockRows * kPanelColumns<F>);
   }
   return used;
 }
 
-// exp(scale (s - max)) of one text's products and its sum, by row. The exponent is one multiply-add
-// from the products: rounding the row's shift does not matter, because every element has the same.
-template <typename F, bool kExact>
-void exponentials(int64_t rows, int64_t n, double softmax_scale, typename F::Acc* s,
-                  int64_t s_stride, typename F::Unit* p_units, int64_t p_stride,
-                  typename F::Acc* max, typename F::Acc* sum) {
-  typedef typename F::Acc Acc;
-  typedef typename F::Element Element;
-  constexpr int kW = W<F>;
-  constexpr int kGroup = kW < 3 ? 2 : kBlockRows % 4 == 0 ? 4 : 3;  // rows at a time
-  constexpr int64_t kLanes = kW / kGroup * kGroup;  // rows that share a vector of maxima
-  static_assert(kBlockRows % kGroup == 0 && kGroup <= kW);
-  const int64_t last = vectors_of<F>(n) - 1, tail = n - last * kW;
-  const Acc scale = static_cast<Acc>(__builtin_fabs(softmax_scale) * kLog2E);
-  const Vec<Acc> lowest = splat(static_cast<Acc>(-__builtin_inf()));
-  if (softmax_scale < 0) {  // so that the largest product is the largest logit
-    for (int64_t i = 0; i < rows * s_stride; ++i) s[i] = -s[i];
-  }
-  // A last group may take rows past the block's last: there is room, and nobody reads the result.
-  for (int64_t first = 0; first < rows; first += kLanes) {
-    const int64_t end = rows < first + kLanes ? rows : first + kLanes;
-    Vec<Acc> by_row[kW] = {};
-    for (int64_t r = first; r < end; r += kGroup) {
-      const Acc* row = s + r * s_stride;
-      Vec<Acc> largest[kGroup];
-#pragma GCC unroll 4
-      for (int i = 0; i < kGroup; ++i) {
-        largest[i] = first_lanes<Acc>(tail, load(row + i * s_stride + last * kW), lowest);
-      }
-      for (int64_t v = 0; v < last; ++v) {
-#pragma GCC unroll 4
-        for (int i = 0; i < kGroup; ++i) {
-          largest[i] = greater(load(row + i * s_stride + v * kW), largest[i]);
-        }
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < kGroup; ++i) by_row[r - first + i] = largest[i];
-    }
-    const auto larger = [](Vec<Acc> a, Vec<Acc> b) { return greater(a, b); };
-    store(max + first, splat(scale) * fold_rows<Acc>(by_row, larger));
-    for (int64_t r = first; r < end; r += kGroup) {
-      const Acc* row = s + r * s_stride;
-      Element* p = reinterpret_cast<Element*>(p_units + r * p_stride);
-      Vec<Acc> shift[kGroup], total[kGroup] = {};
-#pragma GCC unroll 4
-      for (int i = 0; i < kGroup; ++i) shift[i] = splat(max[r + i]);
-      for (int64_t v = 0; v <= last; ++v) {
-        Vec<Acc> x[kGroup];
-#pragma GCC unroll 4
-        for (int i = 0; i < kGroup; ++i) {
-          x[i] = load(row + i * s_stride + v * kW) * splat(scale) - shift[i];
-        }
-        exp2_nonpositive<kExact, kGroup>(x);
-        if (v == last) {
-#pragma GCC unroll 4
-          for (int i = 0; i < kGroup; ++i) x[i] = first_lanes<Acc>(tail, x[i], Vec<Acc>{});
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < kGroup; ++i) {
-          narrow_store(x[i], p + i * p_stride * F::kPerUnit + v * kW);
-          total[i] += x[i];
-        }
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < kGroup; ++i) {
-        by_row[r - first + i] = total[i];
-        if (F::kPerUnit > 1 && last % 2 == 0) {  // the depth is a whole number of pairs of vectors
-          narrow_store(Vec<Acc>{}, p + i * p_stride * F::kPerUnit + (last + 1) * kW);
-        }
-      }
-    }
-    store(sum + first, fold_rows<Acc>(by_row, [](Vec<Acc> a, Vec<Acc> b) { return a + b; }));
-  }
-}
-
-// What each text counts for, divided by its softmax's sum.
+// What each text counts for, divided by its softmax's sum. The sums of texts without a live key
+// are 1.
 template <typename F>
-void set_weights(const Attention& call, int64_t b, int64_t m, int64_t rows,
+void set_weights(const Attention& call, const typename F::Acc* strength, int64_t rows,
                  const Scratch<F>& scratch) {
   typedef typename F::Acc Acc;
-  const Acc* strength = static_cast<const Acc*>(call.strength);
-  if (strength != nullptr) strength += b * call.m + m;
+  const bool own = call.combine == Combine::kTwin || call.combine == Combine::kNAG;
   for (int t = 0; t < call.num_texts; ++t) {
-    const bool own = t == 0 || call.combine == Combine::kTwin;
     const Acc sign = t == 1 ? -1 : 1;
     const Acc* sum = scratch.sum[t];
     Acc* weight = scratch.weight[t];
-    if (own || strength == nullptr) {
-      const Acc counts = own ? Acc(1) : sign * static_cast<Acc>(call.nasa_scale);
+    if (t == 0 || own || strength == nullptr) {
+      const Acc counts = t == 0 || own ? Acc(1) : sign * static_cast<Acc>(call.scale);
       for (int64_t r = 0; r < kBlockRows; ++r) weight[r] = counts / sum[r];
     } else {
       for (int64_t r = 0; r < rows; ++r) weight[r] = sign * strength[r] / sum[r];
     }
   }
+}
+
+// The weights of one softmax over both texts: each text's exponentials are relative to its own
+// largest logit, here they become relative to the larger of the two.
+template <typename F>
+void set_joint_weights(const Attention& call, const typename F::Acc* strength, int64_t rows,
+                       const Scratch<F>& scratch) {
+  typedef typename F::Acc Acc;
+  constexpr int kW = W<F>;
+  const Acc lowered = static_cast<Acc>(call.vsf_bias * kLog2E);
+  const Acc counts = strength == nullptr ? -static_cast<Acc>(call.scale) : Acc(-1);
+  for (int64_t r = 0; r < rows; r += kW) {
+    const Vec<Acc> pos = load(scratch.max[0] + r);
+    const Vec<Acc> neg = load(scratch.max[1] + r) - splat(lowered);
+    const Vec<Acc> largest = greater(pos, neg);
+    Vec<Acc> e[2] = {pos - largest, neg - largest};
+    exp2_nonpositive<F::kExactExp, 2>(e);
+    const Vec<Acc> sum = e[0] * load(scratch.sum[0] + r) + e[1] * load(scratch.sum[1] + r);
+    store(scratch.weight[0] + r, e[0] / sum);
+    store(scratch.weight[1] + r, splat(counts) * e[1] / sum);
+  }
+  if (strength == nullptr) return;
+  for (int64_t r = 0; r < rows; ++r) scratch.weight[1][r] *= strength[r];
 }
 
 template <typename F>
@@ -337,6 +157,7 @@ void attend(const Attention& call, const Task& task, int64_t m, int64_t rows, in
             const Scratch<F>& scratch) {
   typedef typename F::T T;
   typedef typename F::Unit Unit;
+  typedef typename F::Acc Acc;
   const int64_t b = task.b, d = call.d;
   const T* queries = static_cast<const T*>(call.q) + b * call.q_stride[0] + m * call.q_stride[1] +
                      h * call.q_stride[2];
@@ -377,21 +198,85 @@ void attend(const Attention& call, const Task& task, int64_t m, int64_t rows, in
     multiply<F>(scratch.p[t], scratch.p_stride[t], rows, values, depth_units<F>(n), steps(n),
                 vectors_of<F>(d), scratch.o[t], scratch.o_stride);
   }
-  set_weights<F>(call, b, m, rows, scratch);
-  const int64_t row = (b * call.m + m) * call.h * d + h * d, width = call.h * d;
-  if (call.combine == Combine::kTwin) {
-    for (int t = 0; t < call.num_texts; ++t) {
-      combine(call, live, t, t + 1, rows, scratch, static_cast<T*>(call.out[t]) + row, width,
-              false);
-      store_lse<F>(call, b, m, h, rows, t, live[t], scratch);
-    }
-  } else if (call.w == nullptr) {
-    combine(call, live, 0, call.num_texts, rows, scratch, static_cast<T*>(call.out[0]) + row, width,
-            false);
+  const Acc* strength = static_cast<const Acc*>(call.strength);
+  if (strength != nullptr) strength += b * call.m + m;
+  if (call.combine == Combine::kVSF && live[0] && live[1]) {
+    set_joint_weights<F>(call, strength, rows, scratch);
   } else {
-    const int64_t stride = scratch.z_stride * F::kPerUnit;
-    combine(call, live, 0, call.num_texts, rows, scratch,
-            scratch.z + (m - task.m_begin) * stride + h * d, stride, true);
+    set_weights<F>(call, strength, rows, scratch);
+  }
+  const int64_t row = (b * call.m + m) * call.h * d + h * d, width = call.h * d;
+  const int64_t z_stride = scratch.z_stride * F::kPerUnit;
+  const int64_t z_row = (m - task.m_begin) * z_stride + h * d;
+  switch (call.combine) {
+    case Combine::kTwin:
+      for (int t = 0; t < call.num_texts; ++t) {
+        combine(call, live, t, t + 1, rows, scratch, static_cast<T*>(call.out[t]) + row, width,
+                false);
+        store_lse<F>(call, b, m, h, rows, t, live[t], scratch);
+      }
+      return;
+    case Combine::kNAG:
+      for (int t = 0; t < 2; ++t) {
+        combine(call, live, t, t + 1, rows, scratch, scratch.z[t] + z_row, z_stride, true);
+      }
+      return;
+    default:
+      if (call.w == nullptr) {
+        combine(call, live, 0, call.num_texts, rows, scratch, static_cast<T*>(call.out[0]) + row,
+                width, false);
+      } else {
+        combine(call, live, 0, call.num_texts, rows, scratch, scratch.z[0] + z_row, z_stride, true);
+      }
+  }
+}
+
+// NAG of a task's rows, from both texts' attentions to the first's place, or to the output.
+template <typename F>
+void normalize(const Attention& call, const Task& task, const Scratch<F>& scratch) {
+  typedef typename F::T T;
+  typedef typename F::Acc Acc;
+  constexpr int kW = W<F>;
+  const int64_t c = call.h * call.d, z_stride = scratch.z_stride * F::kPerUnit;
+  const PackedText& negative = call.texts[1];
+  const bool live = negative.live[task.b * negative.live_stride] > 0;
+  const Acc tau = static_cast<Acc>(call.nag_tau), blend = static_cast<Acc>(call.nag_blend);
+  for (int64_t m = task.m_begin; m < task.m_end; ++m) {
+    typename F::Element* pos = scratch.z[0] + (m - task.m_begin) * z_stride;
+    const typename F::Element* neg = scratch.z[1] + (m - task.m_begin) * z_stride;
+    const Acc a = call.strength == nullptr
+                      ? static_cast<Acc>(call.scale)
+                      : static_cast<const Acc*>(call.strength)[task.b * call.m + m];
+    // z+ and z; lanes past the row's end are zero.
+    const auto both = [&](int64_t i, Vec<Acc>* z) {
+      const Vec<Acc> x = widen_load(pos + i), away = x - widen_load(neg + i);
+      z[0] = first_lanes<Acc>(c - i, x, Vec<Acc>{});
+      z[1] = first_lanes<Acc>(c - i, x + splat(a) * away, Vec<Acc>{});
+    };
+    Vec<Acc> sums[2] = {}, z[2];
+    for (int64_t i = 0; i < c; i += kW) {
+      both(i, z);
+      for (int t = 0; t < 2; ++t) {
+        sums[t] += call.nag_norm == 2 ? z[t] * z[t] : greater(z[t], -z[t]);
+      }
+    }
+    Acc norm[2] = {};
+    for (int t = 0; t < 2; ++t) {
+      for (int lane = 0; lane < kW; ++lane) norm[t] += sums[t][lane];
+      if (call.nag_norm == 2) norm[t] = square_root(norm[t]);
+    }
+    const Acc shrink = norm[1] > tau * norm[0] ? tau * norm[0] / norm[1] : Acc(1);
+    const Acc of_z = live ? blend * shrink : Acc(0), of_pos = live ? 1 - blend : Acc(1);
+    for (int64_t i = 0; i < c; i += kW) {
+      both(i, z);
+      const Vec<Acc> mixed = live ? splat(of_z) * z[1] + splat(of_pos) * z[0] : z[0];
+      if (call.w == nullptr) {
+        T* out = static_cast<T*>(call.out[0]) + (task.b * call.m + m) * c;
+        narrow_store<Acc>(mixed, out + i, c - i);
+      } else {
+        narrow_store<Acc>(mixed, pos + i, c - i);
+      }
+    }
   }
 }
 
@@ -415,7 +300,7 @@ void project(const Attention& call, const Task& task, const Scratch<F>& scratch)
     const Unit* w = static_cast<const Unit*>(call.w) + j * units;
     for (int64_t r = 0; r < rows; r += kBlockRows) {
       const int64_t count = rows - r < kBlockRows ? rows - r : kBlockRows;
-      const Unit* z = reinterpret_cast<const Unit*>(scratch.z) + r * scratch.z_stride;
+      const Unit* z = reinterpret_cast<const Unit*>(scratch.z[0]) + r * scratch.z_stride;
       multiply<F>(z, scratch.z_stride, count, w, units, steps, vectors_of<F>(columns), scratch.y,
                   kColumns);
       for (int64_t i = 0; i < count; ++i) {
@@ -441,12 +326,13 @@ void run(const Attention& call, const Task& task, void* memory) {
       attend(call, task, m, rows, h, scratch);
     }
   }
+  if (call.combine == Combine::kNAG) normalize(call, task, scratch);
   if (call.w == nullptr) return;
   if constexpr (F::kPerUnit > 1) {  // what the depth of z is padded with
     const int64_t stride = scratch.z_stride * F::kPerUnit, c = call.h * call.d;
     const int64_t padded = depth_units<F>(c) * F::kPerUnit;
     for (int64_t r = 0; r < task.m_end - task.m_begin; ++r) {
-      for (int64_t i = c; i < padded; ++i) scratch.z[r * stride + i] = {};
+      for (int64_t i = c; i < padded; ++i) scratch.z[0][r * stride + i] = {};
     }
   }
   project(call, task, scratch);

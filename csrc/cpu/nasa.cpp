@@ -172,8 +172,8 @@ struct Call {
     to.n = text.n;
   }
 
-  void set_strength(const OptionalTensor& strength, double nasa_scale) {
-    attention.nasa_scale = nasa_scale;
+  void set_strength(const OptionalTensor& strength, double scale) {
+    attention.scale = scale;
     if (!strength.has_value()) return;
     TORCH_CHECK(strength->dim() == 2 && strength->size(0) == attention.b &&
                     strength->size(1) == attention.m,
@@ -207,7 +207,8 @@ struct Call {
   // Query rows of a task. A task walks through all keys, values and weights once, so it should have
   // many rows; but there should be tasks for all threads, and their rows in the second cache.
   int64_t rows_of_a_task() const {
-    constexpr int64_t kMost = 128, kFewest = 32;
+    // NAG keeps two attentions of the rows.
+    const int64_t kMost = attention.combine == Combine::kNAG ? 64 : 128, kFewest = 32;
     const int64_t threads = at::get_num_threads();
     const int64_t wanted = threads > 1 ? 2 * threads : 1;  // in all
     const int64_t pieces = std::max(at::divup(attention.m, kMost), at::divup(wanted, attention.b));
@@ -264,18 +265,45 @@ Tensor nasa_attention(const Tensor& q, const Tensor& k_pos, const Tensor& v_pos,
   return fused || !w_out.has_value() ? z : at::linear(z.flatten(2), *w_out, b_out);
 }
 
-Tensor nasa_attention_packed(const Tensor& q, const Tensor& pos, const Tensor& pos_live,
-                             int64_t pos_n, const Tensor& neg, const Tensor& neg_live,
-                             int64_t neg_n, const OptionalTensor& null,
-                             const OptionalTensor& null_live, int64_t null_n,
-                             const OptionalTensor& w_out, const OptionalTensor& b_out,
-                             int64_t c_out, const OptionalTensor& strength, double nasa_scale,
-                             double softmax_scale) {
+// `kind` and what it needs, as snoopi.ops.guided_attention documents them.
+void set_formula(Attention& attention, const std::string& kind, at::ArrayRef<double> parameters) {
+  const auto expect = [&](size_t count) {
+    TORCH_CHECK(parameters.size() == count, "snoopi: ", kind, " takes ", count, " parameters, got ",
+                parameters.size());
+  };
+  TORCH_CHECK(kind == "nasa" || attention.num_texts == 2, "snoopi: ", kind, " takes no null text");
+  if (kind == "nasa") {
+    expect(0);
+    attention.combine = Combine::kNASA;
+  } else if (kind == "vsf") {
+    expect(1);
+    attention.combine = Combine::kVSF;
+    attention.vsf_bias = parameters[0];
+  } else if (kind == "nag") {
+    expect(3);
+    TORCH_CHECK(parameters[2] == 1 || parameters[2] == 2, "snoopi: nag's norm must be 1 or 2, got ",
+                parameters[2]);
+    attention.combine = Combine::kNAG;
+    attention.nag_tau = parameters[0];
+    attention.nag_blend = parameters[1];
+    attention.nag_norm = static_cast<int>(parameters[2]);
+  } else {
+    TORCH_CHECK(false, "snoopi: a formula must be nasa, vsf or nag, got ", kind);
+  }
+}
+
+Tensor guided_attention(const Tensor& q, const Tensor& pos, const Tensor& pos_live, int64_t pos_n,
+                        const Tensor& neg, const Tensor& neg_live, int64_t neg_n,
+                        const OptionalTensor& null, const OptionalTensor& null_live, int64_t null_n,
+                        const OptionalTensor& w_out, const OptionalTensor& b_out, int64_t c_out,
+                        const OptionalTensor& strength, double scale, std::string kind,
+                        at::ArrayRef<double> parameters, double softmax_scale) {
   Call call(q, softmax_scale);
   call.add_text({pos, pos_live, pos_n});
   call.add_text({neg, neg_live, neg_n});
   if (null.has_value() && null_live.has_value()) call.add_text({*null, *null_live, null_n});
-  call.set_strength(strength, nasa_scale);
+  set_formula(call.attention, kind, parameters);
+  call.set_strength(strength, scale);
   if (w_out.has_value()) call.set_projection(*w_out, b_out, c_out);
   const Tensor out = call.result(q);
   call.run();
@@ -317,7 +345,7 @@ Tensor pack_linear(const Tensor& weight) {
 
 TORCH_LIBRARY_IMPL(snoopi, CPU, m) {
   m.impl("nasa_attention", &snoopi::nasa_attention);
-  m.impl("nasa_attention_packed", &snoopi::nasa_attention_packed);
+  m.impl("guided_attention", &snoopi::guided_attention);
   m.impl("twin_attention", &snoopi::twin_attention);
   m.impl("pack_text", &snoopi::pack_text);
   m.impl("pack_linear", &snoopi::pack_linear);
@@ -325,4 +353,13 @@ TORCH_LIBRARY_IMPL(snoopi, CPU, m) {
 
 TORCH_LIBRARY_FRAGMENT(snoopi, m) {
   m.def("cpu_capability() -> str", [] { return snoopi::capability(); });
+  // Bytes of a packed text's head, and of a packed weight: what a fake kernel must know.
+  m.def("text_bytes(int n, int d, ScalarType dtype) -> int",
+        [](int64_t n, int64_t d, at::ScalarType dtype) {
+          return snoopi::kernel_for(snoopi::computing_type(dtype)).text_bytes(n, d);
+        });
+  m.def("linear_bytes(int c_out, int c_in, ScalarType dtype) -> int",
+        [](int64_t c_out, int64_t c_in, at::ScalarType dtype) {
+          return snoopi::kernel_for(snoopi::computing_type(dtype)).linear_bytes(c_out, c_in);
+        });
 }

@@ -120,6 +120,8 @@ inline void exp2_nonpositive(VecD* x) {
   }
 }
 
+inline float square_root(float x) { return __builtin_sqrtf(x); }
+inline double square_root(double x) { return __builtin_sqrt(x); }
 inline float log2_of(float x) { return __builtin_log2f(x); }
 inline double log2_of(double x) { return __builtin_log2(x); }
 

@@ -3,17 +3,20 @@
 from snoopi.ops.nasa import (
     attention,
     explain,
+    guided_attention,
     nasa_attention,
     nasa_attention_packed,
     twin_attention,
 )
-from snoopi.ops.packs import LinearPack, TextPack, pack_linear, pack_text
+from snoopi.ops.packs import Formula, LinearPack, TextPack, pack_linear, pack_text
 
 __all__ = [
+    "Formula",
     "LinearPack",
     "TextPack",
     "attention",
     "explain",
+    "guided_attention",
     "nasa_attention",
     "nasa_attention_packed",
     "pack_linear",

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from snoopi.ops import eager, reference
-from snoopi.ops.packs import LinearPack, TextPack
+from snoopi.ops.packs import Formula, LinearPack, TextPack
 
 NASA = "snoopi::nasa_attention"
 TWIN = "snoopi::twin_attention"
-PACKED = "snoopi::nasa_attention_packed"
+GUIDED = "snoopi::guided_attention"
 PACK_TEXT = "snoopi::pack_text"
 PACK_LINEAR = "snoopi::pack_linear"
 _NUM_NASA_TENSORS = 13
@@ -34,17 +34,21 @@ torch.library.define(
     "Tensor? mask_neg, float softmax_scale) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-# What is packed is laid out for the processor, so these three have native kernels only, and a graph
-# may hold a call on packs but not the packing.
+# What is packed is laid out for the processor, so these three have native kernels only. Their
+# results carry no gradient: the faces in `nasa` take another path where one is wanted.
 torch.library.define(
-    PACKED,
+    GUIDED,
     "(Tensor q, Tensor pos, Tensor pos_live, int pos_n, Tensor neg, Tensor neg_live, int neg_n, "
     "Tensor? null, Tensor? null_live, int null_n, Tensor? w_out, Tensor? b_out, int c_out, "
-    "Tensor? strength, float nasa_scale, float softmax_scale) -> Tensor",
+    "Tensor? strength, float scale, str kind, float[] parameters, float softmax_scale) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-torch.library.define(PACK_TEXT, "(Tensor k, Tensor v, Tensor? mask) -> (Tensor, Tensor)")
-torch.library.define(PACK_LINEAR, "(Tensor weight) -> Tensor")
+torch.library.define(
+    PACK_TEXT,
+    "(Tensor k, Tensor v, Tensor? mask) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(PACK_LINEAR, "(Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def nasa_op(
@@ -66,22 +70,22 @@ def nasa_op(
     return torch.ops.snoopi.nasa_attention.default(*args, *masks, *strength, softmax_scale)
 
 
-def packed_op(
+def guided_op(
     q: Tensor,
     pos: TextPack,
     neg: TextPack,
     null: TextPack | None,
     out: LinearPack | None,
-    nasa_scale: float | Tensor,
+    formula: Formula,
     softmax_scale: float,
 ) -> Tensor:
-    """Call snoopi::nasa_attention_packed on packs that hold the native layout."""
-    no_text = (None, None, 0)
-    texts = [t.native() if t is not None else no_text for t in (pos, neg, null)]
-    linear = out.native() if out is not None else (None, None, 0)
-    strength = (nasa_scale, 0.0) if isinstance(nasa_scale, Tensor) else (None, nasa_scale)
-    return torch.ops.snoopi.nasa_attention_packed.default(
-        q, *texts[0], *texts[1], *texts[2], *linear, *strength, softmax_scale
+    """Call snoopi::guided_attention on packs that hold the native layout."""
+    texts = [(None, None, 0) if t is None else t.native() for t in (pos, neg, null)]
+    linear = (None, None, 0) if out is None else out.native()
+    a = formula.strength
+    strength = (a, 0.0) if isinstance(a, Tensor) else (None, a)
+    return torch.ops.snoopi.guided_attention.default(
+        q, *texts[0], *texts[1], *texts[2], *linear, *strength, *formula[1:], softmax_scale
     )
 
 
@@ -121,10 +125,24 @@ def _nasa_fake(*args: Any) -> Tensor:
     return q.new_empty(shape)
 
 
-@torch.library.register_fake(PACKED)
-def _packed_fake(q: Tensor, *args: Any) -> Tensor:
+@torch.library.register_fake(GUIDED)
+def _guided_fake(q: Tensor, *args: Any) -> Tensor:
     w_out, c_out = args[9], args[11]
     return q.new_empty(q.shape if w_out is None else (*q.shape[:2], c_out))
+
+
+@torch.library.register_fake(PACK_TEXT)
+def _pack_text_fake(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch = k.shape[0] if mask is None or mask.shape[0] == 1 else mask.shape[0]
+    size = torch.ops.snoopi.text_bytes(int(k.shape[1]), int(k.shape[3]), k.dtype)
+    packed = k.new_empty((batch, k.shape[2], size), dtype=torch.uint8)
+    return packed, k.new_empty((batch,), dtype=torch.int32)
+
+
+@torch.library.register_fake(PACK_LINEAR)
+def _pack_linear_fake(weight: Tensor) -> Tensor:
+    size = torch.ops.snoopi.linear_bytes(*(int(n) for n in weight.shape), weight.dtype)
+    return weight.new_empty((size,), dtype=torch.uint8)
 
 
 def _nasa_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -4,13 +4,22 @@ b batch, m query tokens (picture), n text tokens, h heads, d head dim.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from snoopi.ops import checks, eager, library, native, reference
-from snoopi.ops.packs import LinearPack, TextPack
+from snoopi.ops.packs import Formula, LinearPack, TextPack, pack_text
+
+
+class Guidance(Protocol):
+    """What `guided_attention` needs of a guidance; see snoopi.guidance."""
+
+    def formula(self) -> Formula: ...
+    def combine(
+        self, z_pos: Tensor, lse_pos: Tensor | None, z_neg: Tensor, lse_neg: Tensor | None
+    ) -> Tensor: ...
 
 
 class Choice(NamedTuple):
@@ -103,8 +112,45 @@ def nasa_attention_packed(
     call = _Call(q, texts, w_out, b_out)
     if _choose(call, nasa_scale, "auto").path != "fused" or not _laid_out(call, out):
         return _nasa(call, nasa_scale, softmax_scale, "auto")
-    a, scale = _strength(nasa_scale, call.q), _softmax_scale(softmax_scale, call.q)
-    return call.run(library.packed_op, call.q, pos, neg, null, out, a, scale)
+    formula = Formula(_strength(nasa_scale, call.q), "nasa")
+    scale = _softmax_scale(softmax_scale, call.q)
+    return call.run(library.guided_op, call.q, pos, neg, null, out, formula, scale)
+
+
+def guided_attention(
+    q: Tensor,
+    pos: TextPack,
+    neg: TextPack,
+    out: LinearPack | None,
+    guidance: Guidance,
+    *,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Attention to a positive and a negative text, combined by `guidance`, and the projection.
+
+    Shapes as in `nasa_attention`; guidance is a snoopi.guidance.NAG or VSF (or any object with a
+    `formula()` and the same in plain torch, `combine`). Where the fused op runs, texts that are not
+    packed yet are packed here; elsewhere, and where a gradient is wanted, `twin_attention` and
+    `combine` give the same.
+
+    Raises:
+        ValueError: as `nasa_attention`.
+    """
+    w_out, b_out = (None, None) if out is None else (out.weight, out.bias)
+    call = _Call(q, {"_pos": pos, "_neg": neg}, w_out, b_out)
+    formula = guidance.formula()
+    checks.check_strength(formula.strength, call.q)
+    scale = _softmax_scale(softmax_scale, call.q)
+    if _choose_path(call, "auto", formula.strength).path == "fused":
+        formula = formula._replace(strength=_strength(formula.strength, call.q))
+        return call.run(_guided, call, out, formula, scale)
+    texts = (pos.k, pos.v, neg.k, neg.v)
+    twins = twin_attention(
+        q, *texts, mask_pos=pos.mask, mask_neg=neg.mask, softmax_scale=softmax_scale
+    )
+    # A strength by query is fp32 and would widen 16-bit attention.
+    z = guidance.combine(*twins).to(twins[0].dtype)
+    return call.run(eager.project, z, call.w_out, call.b_out)
 
 
 def twin_attention(
@@ -253,11 +299,22 @@ def _choose_path(call: _Call, backend: str, nasa_scale: object = None) -> Choice
     return Choice("fused", native.NATIVE.why)
 
 
+def _guided(call: _Call, out: LinearPack | None, formula: Formula, scale: float) -> Tensor:
+    """The fused op; what is not packed is packed, but not the weights: that pays only once."""
+    texts = [t if t.packed is not None else pack_text(*t[:3]) for t in call.texts.values()]
+    linear = out if out is not None and _linear_laid_out(call, out) else None
+    z = library.guided_op(call.q, texts[0], texts[1], None, linear, formula, scale)
+    return z if linear is not None else eager.project(z, call.w_out, call.b_out)
+
+
 def _laid_out(call: _Call, out: LinearPack | None) -> bool:
     """Whether every pack holds the native layout: made by a native op, for the call's dtype."""
-    if out is not None and (out.packed is None or out.weight.dtype != call.q.dtype):
-        return False
-    return all(text.packed is not None for text in call.texts.values())
+    texts = all(text.packed is not None for text in call.texts.values())
+    return texts and (out is None or _linear_laid_out(call, out))
+
+
+def _linear_laid_out(call: _Call, out: LinearPack) -> bool:
+    return out.packed is not None and out.weight.dtype == call.q.dtype
 
 
 def _texts(*parts: tuple[Tensor | None, Tensor | None, Tensor | None]) -> dict[str, TextPack]:

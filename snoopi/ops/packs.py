@@ -47,6 +47,22 @@ class LinearPack(NamedTuple):
         return self.packed, self.bias, self.weight.shape[0]
 
 
+class Formula(NamedTuple):
+    """How attentions to a positive and a negative text become one, as `guided_attention` takes it.
+
+    strength: a number, or a tensor by query [b m]. kind and its parameters:
+        nasa  none: Z+ - strength Z-, or Z+ - strength (Z- - Z0) with a null text.
+        vsf   (bias,): one softmax over both texts, the negative logits lowered by bias, the
+              negative values times -strength.
+        nag   (tau, blend, p): z = Z+ + strength (Z+ - Z-), its p-norm over all heads of a token
+              kept below tau times that of Z+; then blend z + (1 - blend) Z+. p is 1 or 2.
+    """
+
+    strength: float | Tensor
+    kind: str
+    parameters: tuple[float, ...] = ()
+
+
 def pack_text(k: Tensor, v: Tensor, mask: Tensor | None = None) -> TextPack:
     """Pack the keys and values of one text for `nasa_attention_packed`; do it once per prompt.
 

@@ -1,6 +1,7 @@
 """The native op under lesser processors, and what a capability's object may hold."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -43,16 +44,29 @@ def test_every_case_under_a_lesser_capability(capability: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq"
+FLAGS = {
+    "default": "",
+    "avx512": AVX512,
+    "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16 -DSNOOPI_PAIRED -DSNOOPI_AMX",
+}
+
+
 @pytest.mark.skipif(not (shutil.which("g++") and shutil.which("nm")), reason="needs g++ and nm")
-def test_a_capability_object_shares_no_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize("capability", FLAGS)
+def test_a_capability_object_shares_no_code(capability: str, tmp_path: Path) -> None:
     """One exported table and the C library: nothing a linker could pick for another object."""
+    if capability != "default" and platform.machine() != "x86_64":
+        pytest.skip("an x86-64 capability")
     target = tmp_path / "kernel.o"
     source = ROOT / "csrc" / "cpu" / "kernel.cpp"
-    call = ["g++", "-std=c++20", "-O0", "-fPIC", "-Wno-psabi", "-DSNOOPI_CAPABILITY=default"]
+    call = ["g++", "-std=c++20", "-O0", "-fPIC", "-Wno-psabi", f"-DSNOOPI_CAPABILITY={capability}"]
+    call += FLAGS[capability].split()
     subprocess.run([*call, "-c", str(source), "-o", str(target)], check=True)
     symbols = subprocess.run(["nm", "-C", str(target)], check=True, capture_output=True, text=True)
     kinds = [line.split(maxsplit=1) for line in symbols.stdout.replace(" " * 16, "0 ").splitlines()]
     shared = [rest for _, rest in kinds if rest[0] in "WVuTBDGSC"]
-    assert shared == ["D snoopi::kernels_default"]
-    allowed = {"exp2", "log2", "log2f", "memset", "memcpy", "_GLOBAL_OFFSET_TABLE_"}
+    assert shared == [f"D snoopi::kernels_{capability}"]
+    allowed = {"exp2", "log2", "log2f", "sqrt", "sqrtf", "memset", "memcpy"}
+    allowed |= {"_GLOBAL_OFFSET_TABLE_"}
     assert {rest[2:] for _, rest in kinds if rest[0] == "U"} <= allowed
