@@ -1,15 +1,21 @@
-"""What a backbone is conditioned on besides x and t."""
+"""What a backbone is conditioned on besides x and t.
+
+Conditionings and guidances are pytrees: their tensors can be inputs of exported programs, be mapped
+over, and be found in the graph of a compiled network.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from snoopi.guidance import NASA, Guidance
+from snoopi.guidance import NAG, NASA, VSF, Guidance
 
 
 class TextKV(NamedTuple):
@@ -63,6 +69,12 @@ class Conditioning:
             raise ValueError("guidance needs a negative Conditioning")
         if self.guidance is not None and self.guidance.needs_null and self.null is None:
             raise ValueError(f"{type(self.guidance).__name__} with centred=True needs `null`")
+        batch = self.tokens.shape[0]  # len() would make it a constant of an exported program
+        if self.region is not None and (
+            self.region.dim() != 3 or self.region.shape[0] not in (1, batch)
+        ):
+            got = list(self.region.shape)
+            raise ValueError(f"region must be [{batch} or 1, H, W], got {got}")
         for name in ("negative", "null"):
             self._check_text(name, getattr(self, name))
         if self.kv is not None:
@@ -75,8 +87,9 @@ class Conditioning:
             return
         if text.negative is not None or text.guidance is not None:
             raise ValueError(f"{name} must be a Conditioning without a negative and guidance")
-        if text.tokens.shape[0] not in (1, len(self)) or text.tokens.shape[2] != self.width:
-            expected = f"[{len(self)} or 1, n, {self.width}]"
+        batch = self.tokens.shape[0]
+        if text.tokens.shape[0] not in (1, batch) or text.tokens.shape[2] != self.width:
+            expected = f"[{batch} or 1, n, {self.width}]"
             raise ValueError(f"{name}.tokens must be {expected}, got {list(text.tokens.shape)}")
 
     def __len__(self) -> int:
@@ -129,3 +142,54 @@ def concat(parts: Sequence[Conditioning]) -> Conditioning:
     names = ("mask", "pooled", "size_ids", "guidance_embed")
     values: dict[str, Any] = {name: join(name) for name in names}
     return Conditioning(torch.cat([part.tokens for part in parts]), **values)
+
+
+# --- pytrees --------------------------------------------------------------------------------------
+
+# Of each kind the fields that hold tensors or a strength, and the others, which must be plain data.
+_FIELDS: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    Conditioning: (tuple(f.name for f in fields(Conditioning) if f.name != "nasa_scale"), ()),
+    NASA: (("scale",), ("centred",)),
+    NAG: (("phi",), ("tau", "blend", "norm_p")),
+    VSF: (("scale",), ("bias",)),
+}
+
+
+def _flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
+    """Parts and plain data. `kv` travels as its layers: its sources are the texts beside it."""
+    names, others = _FIELDS[type(value)]
+    parts = [getattr(value, name) for name in names]
+    if isinstance(value, Conditioning) and value.kv is not None:
+        parts[names.index("kv")] = value.kv.layers
+    return parts, tuple(getattr(value, name) for name in others)
+
+
+def _flatten_with_keys(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
+    parts, data = _flatten(value)
+    names, _ = _FIELDS[type(value)]
+    return [(pytree.GetAttrKey(n), part) for n, part in zip(names, parts, strict=True)], data
+
+
+def _unflatten(kind: type, parts: Iterable[Any], data: Iterable[Any]) -> Any:
+    """The inverse. Nothing is checked: a part may be a stand-in for a tensor, as a name or None."""
+    value: Any = object.__new__(kind)
+    names, others = _FIELDS[kind]
+    for name, part in zip((*names, *others), (*parts, *data), strict=True):
+        object.__setattr__(value, name, part)
+    if kind is Conditioning:
+        object.__setattr__(value, "nasa_scale", None)
+        if value.kv is not None:
+            object.__setattr__(value, "kv", TextKV(value.sources(), value.kv))
+    return value
+
+
+for _kind in _FIELDS:
+    pytree.register_pytree_node(
+        _kind,
+        _flatten,
+        partial(_unflatten, _kind),
+        serialized_type_name=f"{_kind.__module__}.{_kind.__qualname__}",
+        to_dumpable_context=list,
+        from_dumpable_context=tuple,
+        flatten_with_keys_fn=_flatten_with_keys,
+    )

@@ -84,6 +84,16 @@ def _names(out: Path, num: int) -> list[Path]:
     return [out] if num == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(num)]
 
 
+def _scale(text: str) -> float | list[float]:
+    """A number, or several with commas between."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        expected = "a number, or one per step as in 0.5,0.5,0,0"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+    return numbers if "," in text else numbers[0]
+
+
 def _size(text: str | None) -> tuple[int, int] | None:
     """HxW as (height, width)."""
     if text is None:
@@ -105,7 +115,12 @@ def _parser() -> argparse.ArgumentParser:
     add("prompt", help="what to draw")
     add("--negative", metavar="TEXT", help="what to steer away from")
     add("--guidance", choices=MODES, default="nasa", help="how the negative is used")
-    add("--scale", type=float, help="strength of the guidance; None: the model's default")
+    add(
+        "--scale",
+        type=_scale,
+        metavar="S[,S...]",
+        help="strength of the guidance, or one per step; None: the model's default",
+    )
     add("--steps", type=int, help="sampler steps; None: one for a one-step model")
     add("--seed", type=int, default=0, help="seed of the starting noise")
     add("--num", type=int, default=1, metavar="K", help="number of pictures")

@@ -2,12 +2,14 @@
 
 The `combine` of each dataclass is the formula in plain torch: the oracle of the fused op, and what
 runs where no fused path exists. z is an attention output before the output projection, [b m h d];
-lse is the log-sum-exp of its logits, [b m h].
+lse is the log-sum-exp of its logits, [b m h]. 16-bit z are combined in fp32 and rounded once.
+
+PRESETS holds the published strengths by model, METHODS the guidances at their defaults.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -50,13 +52,13 @@ class NASA:
         lse_neg: Tensor | None,
         z_null: Tensor | None = None,
     ) -> Tensor:
-        """z [b m h d] of one layer: `scale` must be a number here, or [b m] (a region)."""
-        scale = _per_query(self.scale)
-        if not self.centred:
-            return z_pos - scale * z_neg
-        if z_null is None:
-            raise ValueError("centred NASA needs the attention to the null prompt, z_null")
-        return z_pos - scale * (z_neg - z_null)
+        """z [b m h d] of one layer: `scale` must be a number here, 0-d, or [b m] (a region)."""
+        away = _widen(z_neg)
+        if self.centred:
+            if z_null is None:
+                raise ValueError("centred NASA needs the attention to the null prompt, z_null")
+            away = away - _widen(z_null)
+        return (_widen(z_pos) - _per_query(self.scale) * away).to(z_pos.dtype)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class NAG:
     norm_p: int = 1
     needs_null: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        if self.norm_p not in (1, 2):
+            raise ValueError(f"NAG norm_p must be 1 or 2, got {self.norm_p}")
+
     def combine(
         self,
         z_pos: Tensor,
@@ -83,16 +89,18 @@ class NAG:
         z_null: Tensor | None = None,
     ) -> Tensor:
         """z [b m h d] of one layer; z_pos where there is no negative key (lse- = -inf)."""
-        z = z_pos + _per_query(self.phi) * (z_pos - z_neg)
-        norm_pos = z_pos.float().flatten(-2).norm(p=self.norm_p, dim=-1)  # [b m]
-        norm = z.float().flatten(-2).norm(p=self.norm_p, dim=-1)  # [b m]
-        # min(R, tau) / R without dividing by R = norm / norm_pos, which is 0/0 on a masked row.
-        shrink = torch.where(norm > self.tau * norm_pos, self.tau * norm_pos / norm, 1.0)
-        z = z * shrink[..., None, None].to(z.dtype)
-        z = self.blend * z + (1 - self.blend) * z_pos
-        if lse_neg is None:
-            return z
-        return torch.where((lse_neg == -torch.inf)[..., None], z_pos.to(z.dtype), z)
+        pos, neg = _widen(z_pos), _widen(z_neg)
+        z = pos + _per_query(self.phi) * (pos - neg)
+        most = self.tau * pos.flatten(-2).norm(p=self.norm_p, dim=-1)  # [b m]
+        norm = z.flatten(-2).norm(p=self.norm_p, dim=-1)  # [b m]
+        # min(R, tau) / R without dividing by R = norm / norm_pos: 0/0 on a masked row, and a
+        # division that `where` leaves out would still give NaN gradients.
+        long = norm > most
+        shrink = torch.where(long, most / torch.where(long, norm, 1.0), 1.0)  # [b m]
+        z = self.blend * shrink[..., None, None] * z + (1 - self.blend) * pos
+        if lse_neg is not None:
+            z = torch.where(_dead(lse_neg), pos, z)
+        return z.to(z_pos.dtype)
 
 
 @dataclass(frozen=True)
@@ -118,12 +126,41 @@ class VSF:
         """z [b m h d] of one layer; needs both lse [b m h]. Without a negative key W = 1."""
         if lse_pos is None or lse_neg is None:
             raise ValueError("VSF needs the log-sum-exp of both attentions")
-        w = torch.sigmoid(lse_pos - lse_neg + self.bias)
-        w = torch.where(lse_neg == -torch.inf, 1.0, w)[..., None].to(z_pos.dtype)  # [b m h 1]
-        return w * z_pos - _per_query(self.scale) * (1 - w) * z_neg
+        pos, neg, dead = _widen(z_pos), _widen(z_neg), _dead(lse_neg)
+        gap = (lse_pos - lse_neg + self.bias)[..., None].to(pos.dtype)  # [b m h 1]
+        gap = torch.where(dead, 0.0, gap)  # inf - inf, were its gradient asked for
+        w = torch.where(dead, 1.0, torch.sigmoid(gap))
+        # 1 - W by the same function of -gap: near W = 1 the difference would lose its digits.
+        rest = torch.where(dead, 0.0, torch.sigmoid(-gap))
+        return (w * pos - _per_query(self.scale) * rest * neg).to(z_pos.dtype)
 
 
 Guidance = NASA | NAG | VSF
+
+# Every guidance of attention by its name on the command line, at its default strength. NAG: its
+# paper's values for SD1.5. VSF: its paper's for SD3.5 (it has none for the networks here).
+METHODS: dict[str, Guidance] = {
+    "nasa": NASA(),
+    "nasa-centred": NASA(centred=True),
+    "nag": NAG(),
+    "vsf": VSF(),
+}
+
+# Published values by model family, and by model where one differs. NASA: SNOOPI Tab. 8 (InstaFlow,
+# DMD2 and PG-SB on SD1.5; SBv2 and PG-SB on SD2.1; YOSO, DMD and PG-SB on PixArt); 0.5 where it has
+# no row, the strength of all models in its Tab. 3 and 7. NAG: its paper (SDXL; PixArt-Sigma's for
+# PixArt). shapes: found by search on that world.
+PRESETS: dict[str, dict[str, Guidance]] = {
+    "sd15": {"nasa": NASA(0.04), "nag": NAG(2.0, blend=0.375)},
+    "instaflow": {"nasa": NASA(0.19)},
+    "sd21": {"nasa": NASA(0.3)},
+    "sdxl": {"nasa": NASA(0.5), "nag": NAG(2.0, blend=0.5)},
+    "pixart": {"nasa": NASA(0.8), "nag": NAG(4.0, blend=0.375)},
+    "dmd-pixart": {"nasa": NASA(0.45)},
+    "yoso-pixart": {"nasa": NASA(0.2)},
+    "pixart-lcm": {"nasa": NASA(0.5)},
+    "shapes": {"nasa": NASA(1.0), "nasa-centred": NASA(1.5, centred=True)},
+}
 
 
 def strength(guidance: Guidance) -> float | Tensor:
@@ -134,14 +171,24 @@ def strength(guidance: Guidance) -> float | Tensor:
 def with_strength(guidance: Guidance, value: float | Tensor) -> Guidance:
     """The same guidance at another strength."""
     if isinstance(guidance, NAG):
-        return NAG(value, guidance.tau, guidance.blend, guidance.norm_p)
-    if isinstance(guidance, VSF):
-        return VSF(value, guidance.bias)
-    return NASA(value, guidance.centred)
+        return replace(guidance, phi=value)
+    return replace(guidance, scale=value)
 
 
 def _per_query(scale: float | Tensor) -> float | Tensor:
     """A number as it is, [b m] as [b m 1 1]."""
-    if isinstance(scale, Tensor) and scale.dim() == 2:
-        return scale[:, :, None, None]
-    return scale
+    if not isinstance(scale, Tensor) or scale.dim() == 0:
+        return scale
+    if scale.dim() != 2:
+        raise ValueError(f"a layer's strength must be a number or [b m], got {list(scale.shape)}")
+    return scale[:, :, None, None]
+
+
+def _widen(z: Tensor) -> Tensor:
+    """16-bit tensors in fp32, others as they are."""
+    return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
+
+
+def _dead(lse: Tensor) -> Tensor:
+    """Where a text has no key to attend to, [b m h 1]."""
+    return (lse == -torch.inf)[..., None]

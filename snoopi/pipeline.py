@@ -8,10 +8,9 @@ pipeline says what is missing.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -25,31 +24,39 @@ from snoopi.folders import (
     replacing,
     write_networks,
 )
-from snoopi.guidance import NAG, NASA, VSF, Guidance, cfg
+from snoopi.guidance import METHODS, cfg, strength, with_strength
 from snoopi.noise import Noise
 from snoopi.pictures import to_uint8
-from snoopi.samplers import one_step, sample
+from snoopi.samplers import grid, one_step, sample
+from snoopi.schedule import Schedule
 from snoopi.tokenize import Tokenizer
 from snoopi.zoo import ModelSpec, TextSpec, text_part
 
-# Attention guidances by their command-line name, from a strength.
-GUIDANCES: dict[str, Callable[[float], Guidance]] = {
-    "nasa": NASA,
-    "nasa-centred": lambda scale: NASA(scale, centred=True),
-    "nag": NAG,
-    "vsf": VSF,
-}
-MODES = (*GUIDANCES, "embed-sub", "cfg", "none")
-# Where neither the caller nor the model says: the usual strengths of the methods' papers.
+MODES = (*METHODS, "embed-sub", "cfg", "none")
+# Where neither the caller nor the model says.
 STRENGTHS = {
-    "nasa": 0.5,
-    "nasa-centred": 0.5,
-    "nag": 2.0,
-    "vsf": 3.0,
+    **{name: float(strength(how)) for name, how in METHODS.items()},
     "embed-sub": 1.0,
     "cfg": 2.0,
     "none": 0.0,
 }
+# A strength: a number, or a tensor of one per cross-attention [layers]; of either kind one for all
+# network calls, or a sequence of one per call.
+Strength = float | Tensor
+Scale = Strength | Sequence[Strength] | None
+
+
+class _Plan(NamedTuple):
+    """How a call is sampled: sampler "" is one call of the network by the recipe."""
+
+    sampler: str
+    steps: int
+    times: Sequence[int] | None = None
+    options: Mapping[str, Any] = {}
+
+    def calls(self, schedule: Schedule) -> int:
+        """How often the network is called (classifier-free guidance not counted)."""
+        return len(grid(self.sampler, schedule, self.steps, self.times)) if self.sampler else 1
 
 
 class Pipeline:
@@ -81,7 +88,7 @@ class Pipeline:
         prompt: str | Sequence[str],
         negative: str | Sequence[str] | None = None,
         guidance: str = "nasa",
-        scale: float | None = None,
+        scale: Scale = None,
         steps: int | None = None,
         seed: int = 0,
         num: int = 1,
@@ -93,7 +100,9 @@ class Pipeline:
         (for "cfg" they mean the null prompt). guidance: "nasa", "nasa-centred", "nag", "vsf",
         "embed-sub" (subtract text embeddings), "cfg" (of the model's outputs, every step) or
         "none". A multi-step model runs under CFG at its own kappa besides, but for "none".
-        scale: its strength; for "cfg" it is kappa (1 = off). None: the model's default.
+        scale: its strength; for "cfg" it is kappa (1 = off). None: the model's default. A sequence
+        gives every network call its own (pndm: one more than steps); under a guidance of attention
+        a strength may be a tensor of one per cross-attention in forward order [layers].
         steps: None is the recipe's of a one-step model (mostly one), else the model's default.
         size: (height, width) in pixels. Picture i of a prompt uses noise i of `seed`, whatever
         the batch. Raises ValueError for what it cannot do.
@@ -137,7 +146,7 @@ class Pipeline:
         z: Tensor,
         negatives: Sequence[str | None] | None = None,
         guidance: str = "nasa",
-        scale: float | None = None,
+        scale: Scale = None,
         steps: int | None = None,
         noise: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
@@ -157,91 +166,131 @@ class Pipeline:
         z: Tensor,
         negatives: Sequence[str | None] | None = None,
         guidance: str = "nasa",
-        scale: float | None = None,
+        scale: Scale = None,
         steps: int | None = None,
         noise: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
-        """Clean latents [b c h w] from prompts and starting noise; noise as in `pictures`."""
+        """Clean latents [b c h w] from prompts and starting noise; noise as in `pictures`.
+
+        Raises ValueError for a guidance, scale or steps that cannot be, before a network runs.
+        """
         if guidance not in MODES:
             raise ValueError(f"guidance must be one of {', '.join(MODES)}, got {guidance!r}")
         if not prompts:
             raise ValueError("give at least one prompt")
-        if scale is None:
-            scale = self._default_scale(guidance)
-        if not math.isfinite(scale):
-            raise ValueError(f"scale must be a finite number, got {scale}")
+        plan = self._plan(steps)
+        scales = self._scales(guidance, scale, plan)
         negatives = list(negatives or [None] * len(prompts))
-        null, kappa = None, scale if guidance == "cfg" else self.spec.kappa
-        if guidance == "cfg" and scale != 1:
+        null, kappas = None, [self.spec.kappa] * len(scales)
+        if guidance == "cfg":
+            kappas = [float(scale) for scale in scales]
+        if guidance == "cfg" and any(kappa != 1 for kappa in kappas):
             null = self._unconditional(negatives)
         elif guidance in self._over_cfg():
             null = self.null()
-        cond = self._sized(self.condition(prompts, negatives, guidance, scale), z.shape[2:])
+        conds = self.conditions(prompts, negatives, guidance, scales)
+        conds = [self._sized(cond, z.shape[2:]) for cond in conds]
         null = None if null is None else self._sized(null, z.shape[2:])
         backbone = self.backbone
         assert backbone is not None
         z = z.to(next(backbone.parameters()).device)
-        return self._sample(cond, z, null, kappa, steps, noise)
+        return self._sample(plan, conds, z, null, kappas, noise)
 
     def _over_cfg(self) -> tuple[str, ...]:
         """Guidances under which the model runs with CFG besides: a multi-step model needs it."""
-        return () if self.spec.one_step else (*GUIDANCES, "embed-sub")
+        return () if self.spec.one_step else (*METHODS, "embed-sub")
+
+    def _plan(self, steps: int | None) -> _Plan:
+        """What is run at a number of steps (None: the model's): its recipe, or its sampler."""
+        recipe = self.spec.one_step
+        if recipe is None:
+            return _Plan(self.spec.sampler, steps or self.spec.steps)
+        steps = steps or recipe.steps
+        if recipe.sampler:
+            times = recipe.times if len(recipe.times) == steps else None
+            more = {"eta": recipe.eta} if recipe.sampler == "tcd" else {}
+            return _Plan(recipe.sampler, steps, times, more)
+        return _Plan("ddim" if steps > 1 else "", steps)
+
+    def _scales(self, guidance: str, scale: Scale, plan: _Plan) -> list[Strength]:
+        """One strength for all network calls, or one per call, checked."""
+        calls = plan.calls(self.spec.schedule)  # of impossible steps: an error
+        if scale is None:
+            return [self._default_scale(guidance)]
+        each = isinstance(scale, (list, tuple))
+        scales: list[Strength] = list(scale) if each else [scale]  # type: ignore[arg-type, list-item]
+        if each and len(scales) != calls:
+            raise ValueError(
+                f"scale must be one number, or one per network call: {calls}, got {len(scales)}"
+            )
+        for value in scales:
+            if isinstance(value, Tensor) and (guidance not in METHODS or value.dim() > 1):
+                raise ValueError(
+                    f"scale may be a tensor [layers] under {', '.join(METHODS)}, "
+                    f"got {list(value.shape)} under {guidance}"
+                )
+            if not torch.as_tensor(value).isfinite().all():
+                raise ValueError(f"scale must be a finite number, got {value}")
+        return scales
 
     def _sample(
         self,
-        cond: Conditioning,
+        plan: _Plan,
+        conds: list[Conditioning],
         z: Tensor,
         null: Conditioning | None,
-        kappa: float,
-        steps: int | None,
+        kappas: list[float],
         noise: Callable[[int], Tensor] | None,
     ) -> Tensor:
-        """x0 by the spec's recipe, or its multi-step sampler."""
+        """x0 by a plan; conds and kappas: one for all network calls, or one per call."""
         backbone, schedule, recipe = self.backbone, self.spec.schedule, self.spec.one_step
         assert backbone is not None
 
         def call(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
             return backbone(x.to(self._dtype(backbone)), t, cond)
 
-        def run(name: str, steps: int, **more: Any) -> Tensor:
-            return sample(
-                name, call, schedule, z, cond, steps=steps, null=null, kappa=kappa, noise=noise,
-                **more,
-            )  # fmt: skip
-
-        if recipe is None:
-            return run(self.spec.sampler, steps or self.spec.steps)
-        if recipe.guidance is not None:
+        if recipe is not None and recipe.guidance is not None:
             width = torch.full((len(z),), 1000 * (recipe.guidance - 1), device=z.device)
-            cond = dataclasses.replace(cond, guidance_embed=width)
-        steps = steps or recipe.steps
-        if recipe.sampler:
-            times = recipe.times if len(recipe.times) == steps else None
-            more = {"eta": recipe.eta} if recipe.sampler == "tcd" else {}
-            return run(recipe.sampler, steps, times=times, **more)
-        if steps > 1:
-            return run("ddim", steps)
-        x0 = one_step(call, schedule, z, cond, recipe.t, recipe.abar)
+            conds = [dataclasses.replace(cond, guidance_embed=width) for cond in conds]
+        if plan.sampler:
+            one = len(conds) == 1
+            cond, kappa = (conds[0], kappas[0]) if one else (conds, kappas)
+            return sample(
+                plan.sampler, call, schedule, z, cond, steps=plan.steps, times=plan.times,
+                null=null, kappa=kappa, noise=noise, **plan.options,
+            )  # fmt: skip
+        assert recipe is not None
+        x0 = one_step(call, schedule, z, conds[0], recipe.t, recipe.abar)
         if null is None:
             return x0
         away = one_step(call, schedule, z, null.expand(len(z)), recipe.t, recipe.abar)
-        return cfg(x0, away, kappa)
+        return cfg(x0, away, kappas[0])
 
     def condition(
         self,
         prompts: Sequence[str],
         negatives: Sequence[str | None],
         guidance: str,
-        scale: float,
+        scale: Strength,
     ) -> Conditioning:
         """The conditioning of prompts with their negatives under a guidance.
 
         Without any negative it is the plain conditioning. In a mixed batch rows without a negative
         get a negative that attends to nothing.
         """
+        return self.conditions(prompts, negatives, guidance, [scale])[0]
+
+    def conditions(
+        self,
+        prompts: Sequence[str],
+        negatives: Sequence[str | None],
+        guidance: str,
+        scales: Sequence[Strength],
+    ) -> list[Conditioning]:
+        """`condition` at several strengths; the texts are read, and their K/V made, once."""
         cond = self.encode(prompts)
         if guidance in ("cfg", "none") or not any(negatives):
-            return cond
+            return [cond] * len(scales)
         shared = len(set(negatives)) == 1
         texts = negatives[:1] if shared else negatives
         neg = self.encode([n or "" for n in texts])
@@ -250,8 +299,8 @@ class Pipeline:
             read = _attend_where(neg, used).mask  # padding that nothing reads is no text either
             assert read is not None
             away = torch.where(read[..., None], neg.tokens, 0)
-            return dataclasses.replace(cond, tokens=cond.tokens - scale * away)
-        how = GUIDANCES[guidance](scale)
+            return [dataclasses.replace(cond, tokens=cond.tokens - s * away) for s in scales]
+        how = METHODS[guidance]
         null = self.null() if how.needs_null else None
         if not all(texts):
             used = torch.tensor([bool(n) for n in texts], device=cond.tokens.device)
@@ -259,7 +308,8 @@ class Pipeline:
             null = None if null is None else _attend_where(null.expand(len(texts)), used)
         cond = dataclasses.replace(cond, negative=neg, null=null, guidance=how)
         assert self.backbone is not None
-        return self.backbone.text_kv(cond)
+        cond = self.backbone.text_kv(cond)
+        return [dataclasses.replace(cond, guidance=with_strength(how, s)) for s in scales]
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Text features of prompts: every encoder's output side by side, and the pooled text.

@@ -2,7 +2,7 @@
 
 `sample(NAME, ...)` runs one of SAMPLERS; `ddim` and `one_step` can be called alone. Samplers own no
 randomness: the caller gives the noise. They know nothing of K/V packs or attention guidance: those
-travel in the Conditioning.
+travel in the Conditioning. A strength per step is a list of Conditionings, one per network call.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from snoopi.guidance import cfg
 from snoopi.schedule import Schedule
 
 Spacing = Literal["trailing", "leading"]
+Texts = Conditioning | Sequence[Conditioning]  # one for all network calls, or one for each
+Kappa = Tensor | float | Sequence[float]  # [b] or a number for all network calls, or one for each
 
 
 class Backbone(Protocol):
@@ -96,11 +98,11 @@ def ddim(
     backbone: Backbone,
     schedule: Schedule,
     z: Tensor,
-    cond: Conditioning,
+    cond: Texts,
     *,
     steps: int = 25,
     null: Conditioning | None = None,
-    kappa: Tensor | float = 1.0,
+    kappa: Kappa = 1.0,
     spacing: Spacing = "trailing",
     alpha_one: bool = True,
     callback: Callable[[int, Tensor], None] | None = None,
@@ -108,14 +110,16 @@ def ddim(
     """Deterministic DDIM (Song et al., 2021, eta 0) from z [b c h w] ~ N(0, I) to x0.
 
     alpha_one: the last step ends at x0 itself; False ends at abar[0], as Stable Diffusion's
-    configs do (set_alpha_to_one false). callback(step, x) sees each new x.
+    configs do (set_alpha_to_one false). cond, kappa: one for all steps, or a list of one per step.
+    callback(step, x) sees each new x.
     """
     x, times = z, timesteps(schedule, steps, spacing)
+    _check_calls(cond, kappa, steps)
     abar = schedule.alpha_bar()
     stride = schedule.steps // steps
     for i, now in enumerate(times):
         t = torch.full((len(x),), now, device=x.device)
-        prediction = guided(backbone, x, t, cond, null, kappa)
+        prediction = guided(backbone, x, t, _at(cond, i), null, _at(kappa, i))
         x0, eps = schedule.to_x0(prediction, x, t), schedule.to_eps(prediction, x, t)
         # "leading" steps by its stride; "trailing" by its grid, where the stride may not be whole.
         grid_next = times[i + 1] if i + 1 < steps else -1
@@ -128,6 +132,20 @@ def ddim(
     return x
 
 
+def _at(value: Any, call: int) -> Any:
+    """What is given for a network call: itself, or its place in a list."""
+    return value[call] if isinstance(value, (list, tuple)) else value
+
+
+def _check_calls(cond: Texts, kappa: Kappa, calls: int) -> None:
+    """ValueError where a list of one per network call is not as long as there are calls."""
+    for name, value in (("cond", cond), ("kappa", kappa)):
+        if isinstance(value, (list, tuple)) and len(value) != calls:
+            raise ValueError(
+                f"{name} must be one, or one per network call: {calls}, got {len(value)}"
+            )
+
+
 # --- samplers by name -----------------------------------------------------------------------------
 
 
@@ -135,23 +153,25 @@ def ddim(
 class Run:
     """What every step of a sampler needs: the network, its schedule and what steers it.
 
+    cond, kappa: one for all network calls, or a list of one per call.
     noise(i): fresh N(0, 1) in the shape of the latents for step i; a function of i alone.
     callback(i, x): sees each new x (in the sampler's own scale).
     """
 
     backbone: Backbone
     schedule: Schedule
-    cond: Conditioning
+    cond: Texts
     null: Conditioning | None = None
-    kappa: Tensor | float = 1.0
+    kappa: Kappa = 1.0
     noise: Callable[[int], Tensor] | None = None
     callback: Callable[[int, Tensor], None] | None = None
 
-    def predict(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        """The guided prediction at x, in fp32 or better, and t as a tensor [b]."""
+    def predict(self, i: int, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """The guided prediction of call i at x, in fp32 or better, and t as a tensor [b]."""
         dtype = torch.int64 if isinstance(t, int) else torch.float32
         times = torch.full((len(x),), t, dtype=dtype, device=x.device)
-        found = guided(self.backbone, x, times, self.cond, self.null, self.kappa)
+        cond, kappa = _at(self.cond, i), _at(self.kappa, i)
+        found = guided(self.backbone, x, times, cond, self.null, kappa)
         return found if found.dtype == torch.float64 else found.float(), times
 
     def fresh(self, i: int) -> Tensor:
@@ -172,7 +192,7 @@ def _consistency(run: Run, z: Tensor, times: Sequence[int], *, boundary: bool) -
     """
     x = z
     for i, now in enumerate(times):
-        prediction, t = run.predict(x, now)
+        prediction, t = run.predict(i, x, now)
         x0 = run.schedule.to_x0(prediction, x, t)
         if boundary:
             scaled = 10.0 * now
@@ -193,7 +213,7 @@ def _tcd(run: Run, z: Tensor, times: Sequence[int], *, eta: float) -> Tensor:
     """
     abar, x = run.schedule.alpha_bar(), z
     for i, now in enumerate(times):
-        prediction, t = run.predict(x, now)
+        prediction, t = run.predict(i, x, now)
         x0, eps = run.schedule.to_x0(prediction, x, t), run.schedule.to_eps(prediction, x, t)
         after = times[i + 1] if i + 1 < len(times) else 0
         between, target = float(abar[int((1 - eta) * after)]), float(abar[after])
@@ -235,7 +255,7 @@ def _pndm(run: Run, z: Tensor, times: Sequence[int]) -> Tensor:
     stride = run.schedule.steps // len(set(times))
     past: list[Tensor] = []  # predictions, the newest last
     for i, now in enumerate(times):
-        prediction, _ = run.predict(x, now)
+        prediction, _ = run.predict(i, x, now)
         start, before = x, now - stride
         if i == 1:
             mixed, start, now, before = (prediction + past[-1]) / 2, first, now + stride, now
@@ -272,7 +292,7 @@ def _euler(run: Run, z: Tensor, times: Sequence[int], *, leading: bool, ancestra
     for i, now in enumerate(times):
         sigma, target = sigmas[i], sigmas[i + 1]
         scale = 1 / math.sqrt(sigma**2 + 1)
-        prediction, t = run.predict(x * scale, now)
+        prediction, t = run.predict(i, x * scale, now)
         x0 = run.schedule.to_x0(prediction, x * scale, t)
         slope = (x - x0) / sigma
         if ancestral and target > 0:
@@ -291,7 +311,7 @@ def _dpm_solver(run: Run, z: Tensor, times: Sequence[int]) -> Tensor:
     lambdas = [math.log(a / s) if s else math.inf for a, s in levels]
     last: Tensor | None = None
     for i, now in enumerate(times):
-        prediction, t = run.predict(x, now)
+        prediction, t = run.predict(i, x, now)
         x0 = run.schedule.to_x0(prediction, x, t)
         (_, sigma), (alpha_next, sigma_next) = levels[i], levels[i + 1]
         h = lambdas[i + 1] - lambdas[i]
@@ -309,7 +329,7 @@ def _flow(run: Run, z: Tensor, times: Sequence[float]) -> Tensor:
     """Euler steps along a straight flow (Liu et al., 2023): x += v(x, t) / steps, t from 1000."""
     x = z
     for i, now in enumerate(times):
-        prediction, _ = run.predict(x, float(now))
+        prediction, _ = run.predict(i, x, float(now))
         x = x + prediction / len(times)
         run.saw(i, x)
     return x
@@ -385,12 +405,12 @@ def sample(
     backbone: Backbone,
     schedule: Schedule,
     z: Tensor,
-    cond: Conditioning,
+    cond: Texts,
     *,
     steps: int = 1,
     times: Sequence[int] | None = None,
     null: Conditioning | None = None,
-    kappa: Tensor | float = 1.0,
+    kappa: Kappa = 1.0,
     noise: Callable[[int], Tensor] | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
     **options: Any,
@@ -398,18 +418,32 @@ def sample(
     """x0 [b c h w] from z ~ N(0, I) by one of SAMPLERS.
 
     times: timesteps from high to low in place of the sampler's own. null, kappa: classifier-free
-    guidance (Eq. 4; Eq. 5 with a negative prompt as null) at every call. noise: see Run. options:
-    of the sampler (tcd: eta). Raises ValueError for an unknown name or steps it cannot do.
+    guidance (Eq. 4; Eq. 5 with a negative prompt as null) at every call. cond, kappa: one for all
+    network calls, or a list of one per call (strengths that change from step to step); `grid` says
+    how many there are. noise: see Run. options: of the sampler (tcd: eta). Raises ValueError for an
+    unknown name, steps it cannot do, or a list of another length.
+    """
+    chosen = grid(name, schedule, steps, times)
+    _check_calls(cond, kappa, len(chosen))
+    run = Run(backbone, schedule, cond, null, kappa, noise, callback)
+    return SAMPLERS[name].run(run, z, chosen, **options)
+
+
+def grid(
+    name: str, schedule: Schedule, steps: int, times: Sequence[int] | None = None
+) -> Sequence[Any]:
+    """The timesteps of a sampler's network calls from high to low: `times`, or else its own.
+
+    "pndm" calls the network once more than it has steps. Raises ValueError for an unknown name or
+    times and steps that it cannot do.
     """
     if name not in SAMPLERS:
         near = get_close_matches(name, SAMPLERS, n=1, cutoff=0.0)[0]
         known = ", ".join(SAMPLERS)
         raise ValueError(f"unknown sampler {name!r}; the nearest is {near!r} of {known}")
-    sampler = SAMPLERS[name]
-    grid = sampler.times(schedule, steps) if times is None else list(times)
-    falling = all(a >= b for a, b in itertools.pairwise(grid))
-    if not grid or not falling or not 0 <= grid[-1] <= grid[0] < schedule.steps + (name == "flow"):
-        most = schedule.steps - 1
-        raise ValueError(f"times must fall, from at most {most} to at least 0, got {grid}")
-    run = Run(backbone, schedule, cond, null, kappa, noise, callback)
-    return sampler.run(run, z, grid, **options)
+    found = SAMPLERS[name].times(schedule, steps) if times is None else list(times)
+    falling = all(a >= b for a, b in itertools.pairwise(found))
+    most = schedule.steps - 1
+    if not found or not falling or not 0 <= found[-1] <= found[0] <= most + (name == "flow"):
+        raise ValueError(f"times must fall, from at most {most} to at least 0, got {found}")
+    return found

@@ -1,7 +1,8 @@
 """Model presets: architecture, prediction type, one-step recipe and guidance strengths.
 
 A ModelSpec is all that is needed to build the networks of a model and to call them rightly; a model
-folder stores one in snoopi.json. Sources: the models' published configs; strengths SNOOPI Tab. 8.
+folder stores one in snoopi.json. Sources: the models' published configs; strengths are those of
+guidance.PRESETS.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import nn
 
+from snoopi.guidance import PRESETS as STRENGTHS
+from snoopi.guidance import strength
 from snoopi.models.clip import CLIPText, CLIPTextConfig
 from snoopi.models.clip_vision import CLIPVision, CLIPVisionConfig
 from snoopi.models.dit import DiT, DiTConfig
@@ -151,6 +154,12 @@ NETWORKS: dict[type, type[nn.Module]] = {
     VGGConfig: VGG,
 }
 
+
+def _strengths(name: str, *methods: str) -> dict[str, float]:
+    """What guidance.PRESETS has of a model (NASA alone by default), as ModelSpec.strengths."""
+    return {m: float(strength(STRENGTHS[name][m])) for m in methods or ("nasa",)}
+
+
 _CLIP_L = CLIPTextConfig()
 _CLIP_H = CLIPTextConfig(width=1024, mlp_width=4096, layers=23, heads=16, activation="gelu")
 _CLIP_BIGG = CLIPTextConfig(
@@ -174,7 +183,7 @@ _SD15 = ModelSpec(
     VAEConfig(),
     (TextSpec(_CLIP_L),),
     sampler="pndm",
-    strengths={"nasa": 0.04},
+    strengths=_strengths("sd15"),
 )
 _SD21 = ModelSpec(
     "sd21",
@@ -182,7 +191,7 @@ _SD21 = ModelSpec(
     VAEConfig(),
     (TextSpec(_CLIP_H, pad_id=0),),
     sampler="pndm",
-    strengths={"nasa": 0.3},
+    strengths=_strengths("sd21"),
 )
 _SDXL = ModelSpec(
     "sdxl",
@@ -195,7 +204,7 @@ _SDXL = ModelSpec(
     latent_size=128,
     null="zeros",
     sampler="euler-leading",
-    strengths={"nasa": 0.5},
+    strengths=_strengths("sdxl"),
 )
 _LINEAR = Schedule("linear", 1e-4, 0.02)
 _PIXART = ModelSpec(
@@ -208,7 +217,7 @@ _PIXART = ModelSpec(
     steps=20,
     kappa=4.5,
     sampler="dpm++",
-    strengths={"nasa": 0.8},
+    strengths=_strengths("pixart"),
 )
 # The shapes world: 32 x 32 pictures, 8 x 8 latents; the world's tokenizer sets the text sizes.
 _SHAPES_UNET = UNetConfig(
@@ -236,7 +245,7 @@ _SHAPES = ModelSpec(
     schedule=_V,
     latent_size=8,
     kappa=4.0,
-    strengths={"nasa": 1.0, "nasa-centred": 1.5, "embed-sub": 1.0, "cfg": 2.0},
+    strengths=_strengths("shapes", "nasa", "nasa-centred") | {"embed-sub": 1.0, "cfg": 2.0},
 )
 # The same world for PixArt's kinds of network, text and schedule.
 _SHAPES_DIT = dataclasses.replace(
@@ -302,47 +311,44 @@ _ROUNDED = 0.0047  # abar_999 as SwiftBrush's and DMD2's code has it; exactly it
 _DMD2_TIMES = (999, 749, 499, 249)
 _LCM = OneStep(sampler="lcm", steps=4)
 
-# One- and few-step models: what they were distilled from, how they are called, NASA's strength
-# (SNOOPI Tab. 8; 0.5 as in its Tab. 3 and 7 where it has none), and what else differs.
-RECIPES: dict[str, tuple[ModelSpec, OneStep, float, Mapping[str, Any]]] = {
-    "swiftbrush": (_SD21, OneStep(abar=_ROUNDED), 0.3, {}),
-    "sbv2": (_SD21, OneStep(), 0.3, {}),
-    "sd-turbo": (_SD21, OneStep(sampler="euler"), 0.3, {}),
-    "sdxl-turbo": (_SDXL_512, OneStep(sampler="euler-ancestral"), 0.5, {}),
-    "dmd-pixart": (_PIXART_512, OneStep(400), 0.45, {}),
-    "dmd2-sd15": (_SD15, OneStep(abar=_ROUNDED), 0.04, {}),
-    "dmd2-sdxl-1step": (_SDXL, OneStep(399), 0.5, {}),
-    "dmd2-sdxl-4step": (_SDXL, OneStep(sampler="dmd2", steps=4, times=_DMD2_TIMES), 0.5, {}),
-    "dmd2-sdxl-4step-lora": (_SDXL, OneStep(sampler="dmd2", steps=4, times=_DMD2_TIMES), 0.5, {}),
-    "lcm-sdxl": (_LCM_SDXL, dataclasses.replace(_LCM, guidance=8.0), 0.5, {}),
-    "lcm-dreamshaper": (_LCM_SD15, dataclasses.replace(_LCM, guidance=8.0), 0.04, {}),
-    "lcm-lora-sdxl": (_SDXL, _LCM, 0.5, {}),
-    "lcm-lora-sd15": (_SD15, _LCM, 0.04, {}),
+# One- and few-step models: what they were distilled from, how they are called, and what else
+# differs. Their strength is guidance.PRESETS' for their name, or else that of what they come from.
+RECIPES: dict[str, tuple[ModelSpec, OneStep, Mapping[str, Any]]] = {
+    "swiftbrush": (_SD21, OneStep(abar=_ROUNDED), {}),
+    "sbv2": (_SD21, OneStep(), {}),
+    "sd-turbo": (_SD21, OneStep(sampler="euler"), {}),
+    "sdxl-turbo": (_SDXL_512, OneStep(sampler="euler-ancestral"), {}),
+    "dmd-pixart": (_PIXART_512, OneStep(400), {}),
+    "dmd2-sd15": (_SD15, OneStep(abar=_ROUNDED), {}),
+    "dmd2-sdxl-1step": (_SDXL, OneStep(399), {}),
+    "dmd2-sdxl-4step": (_SDXL, OneStep(sampler="dmd2", steps=4, times=_DMD2_TIMES), {}),
+    "dmd2-sdxl-4step-lora": (_SDXL, OneStep(sampler="dmd2", steps=4, times=_DMD2_TIMES), {}),
+    "lcm-sdxl": (_LCM_SDXL, dataclasses.replace(_LCM, guidance=8.0), {}),
+    "lcm-dreamshaper": (_LCM_SD15, dataclasses.replace(_LCM, guidance=8.0), {}),
+    "lcm-lora-sdxl": (_SDXL, _LCM, {}),
+    "lcm-lora-sd15": (_SD15, _LCM, {}),
     "instaflow": (
         _SD15,
         OneStep(sampler="flow"),
-        0.19,
         {"schedule": Schedule(prediction="flow")},
     ),
     "yoso-pixart": (
         _PIXART_512,
         OneStep(sampler="lcm"),
-        0.2,
         {"schedule": dataclasses.replace(_LINEAR, prediction="v")},
     ),
-    "pixart-lcm": (_PIXART_1024, _LCM, 0.5, {}),
-    "hyper-sdxl-1step": (_SDXL, OneStep(800, sampler="lcm", times=(800,)), 0.5, {}),
-    "hyper-sdxl-1step-lora": (_SDXL, OneStep(sampler="tcd"), 0.5, {}),
-    "hyper-sd15-1step-lora": (_SD15, OneStep(sampler="tcd"), 0.04, {}),
+    "pixart-lcm": (_PIXART_1024, _LCM, {}),
+    "hyper-sdxl-1step": (_SDXL, OneStep(800, sampler="lcm", times=(800,)), {}),
+    "hyper-sdxl-1step-lora": (_SDXL, OneStep(sampler="tcd"), {}),
+    "hyper-sd15-1step-lora": (_SD15, OneStep(sampler="tcd"), {}),
     **{
-        f"hyper-{name}-{n}steps-lora": (base, OneStep(sampler="ddim-abar0", steps=n), strength, {})
-        for name, base, strength in (("sdxl", _SDXL, 0.5), ("sd15", _SD15, 0.04))
+        f"hyper-{name}-{n}steps-lora": (base, OneStep(sampler="ddim-abar0", steps=n), {})
+        for name, base in (("sdxl", _SDXL), ("sd15", _SD15))
         for n in (2, 4, 8)
     },
-    "sdxl-lightning-1step": (_SDXL, OneStep(sampler="euler"), 0.5, {"schedule": _X0}),
+    "sdxl-lightning-1step": (_SDXL, OneStep(sampler="euler"), {"schedule": _X0}),
     **{
-        f"sdxl-lightning-{n}step": (_SDXL, OneStep(sampler="euler", steps=n), 0.5, {})
-        for n in (2, 4, 8)
+        f"sdxl-lightning-{n}step": (_SDXL, OneStep(sampler="euler", steps=n), {}) for n in (2, 4, 8)
     },
 }
 
@@ -358,9 +364,13 @@ PRESETS: dict[str, ModelSpec] = {
     "pixart-1024": _PIXART_1024,
     **{
         name: dataclasses.replace(
-            base, arch=name, one_step=recipe, strengths={"nasa": strength}, **changes
+            base,
+            arch=name,
+            one_step=recipe,
+            strengths=_strengths(name) if name in STRENGTHS else base.strengths,
+            **changes,
         )
-        for name, (base, recipe, strength, changes) in RECIPES.items()
+        for name, (base, recipe, changes) in RECIPES.items()
     },
     "shapes": _SHAPES,
     "shapes_dit": _SHAPES_DIT,

@@ -70,8 +70,7 @@ class CrossAttention(nn.Module):
         z_pos, lse_pos, z_neg, lse_neg = ops.twin_attention(
             q, k, v, k_neg, v_neg, mask_pos=cond.mask, mask_neg=negative.mask
         )
-        # A region is fp32 and would widen 16-bit attention.
-        return self._out(guidance.combine(z_pos, lse_pos, z_neg, lse_neg).to(z_pos.dtype))
+        return self._out(guidance.combine(z_pos, lse_pos, z_neg, lse_neg))
 
     def _kv(self, cond: Conditioning, which: int) -> tuple[Tensor, Tensor]:
         """K/V of the text (0), its negative (1) or the null text (2): filled in, or projected."""
@@ -116,6 +115,10 @@ class CrossAttention(nn.Module):
         if guidance.centred:
             assert cond.null is not None
             (k_null, v_null), mask_null = self._kv(cond, 2), cond.null.mask
+        scale = guidance.scale
+        if torch.compiler.is_dynamo_compiling() and not isinstance(scale, Tensor):
+            # As the op's float argument it would be a constant: a new graph for every strength.
+            scale = scale * torch.ones((), dtype=torch.float64, device=q.device)
         w_out, b_out = self._fusable_out()
         z = ops.nasa_attention(
             q,
@@ -128,7 +131,7 @@ class CrossAttention(nn.Module):
             mask_pos=cond.mask,
             mask_neg=cond.negative.mask,
             mask_null=mask_null,
-            nasa_scale=guidance.scale,
+            nasa_scale=scale,
         )
         return z if w_out is not None else self._out(z)
 

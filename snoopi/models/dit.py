@@ -119,11 +119,11 @@ class TimeSizeEmbedding(nn.Module):
         temb = self.timestep_embedder(sinusoid(t, SINUSOID))
         if not hasattr(self, "resolution_embedder"):
             return temb
-        if size_ids is None or size_ids.shape != (len(t), 3):
+        if size_ids is None or size_ids.shape != (t.shape[0], 3):
             got = None if size_ids is None else list(size_ids.shape)
             raise ValueError(f"this DiT needs cond.size_ids [b 3] = (h, w, h/w), got {got}")
         size, ratio = size_ids[:, :2].flatten(), size_ids[:, 2]  # [2b], [b]
-        resolution = self.resolution_embedder(sinusoid(size, SINUSOID)).view(len(t), -1)
+        resolution = self.resolution_embedder(sinusoid(size, SINUSOID)).view(t.shape[0], -1)
         aspect = self.aspect_ratio_embedder(sinusoid(ratio, SINUSOID))  # [b c/3]
         return temb + torch.cat([resolution, aspect], dim=-1)
 

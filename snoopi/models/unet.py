@@ -258,7 +258,7 @@ class UNet(nn.Module):
         if cond.pooled is None or cond.size_ids is None:
             raise ValueError("this UNet needs cond.pooled [b k] and cond.size_ids [b 6]")
         sizes = sinusoid(cond.size_ids.flatten(), self.config.size_width)  # [6b size_width]
-        sizes = sizes.view(len(cond.size_ids), -1)  # [b 6 size_width]
+        sizes = sizes.view(cond.size_ids.shape[0], -1)  # [b 6 size_width]
         return temb + self.add_embedding(torch.cat([cond.pooled.float(), sizes], dim=-1))
 
     def _guidance(self, cond: Conditioning) -> Tensor | None:
