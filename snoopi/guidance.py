@@ -15,6 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from snoopi.ops import Formula
+
 
 def cfg(conditional: Tensor, unconditional: Tensor, kappa: Tensor | float) -> Tensor:
     """Classifier-free guidance (SNOOPI Eq. 4; Eq. 5 with a negative prompt as the unconditional).
@@ -43,6 +45,10 @@ class NASA:
     def needs_null(self) -> bool:
         """Whether the null prompt must be given."""
         return self.centred
+
+    def formula(self) -> Formula:
+        """The same for the fused op."""
+        return Formula(self.scale, "nasa")
 
     def combine(
         self,
@@ -80,6 +86,10 @@ class NAG:
         if self.norm_p not in (1, 2):
             raise ValueError(f"NAG norm_p must be 1 or 2, got {self.norm_p}")
 
+    def formula(self) -> Formula:
+        """The same for the fused op."""
+        return Formula(self.phi, "nag", (self.tau, self.blend, self.norm_p))
+
     def combine(
         self,
         z_pos: Tensor,
@@ -114,6 +124,10 @@ class VSF:
     scale: float | Tensor = 3.0
     bias: float = 0.1
     needs_null: ClassVar[bool] = False
+
+    def formula(self) -> Formula:
+        """The same for the fused op."""
+        return Formula(self.scale, "vsf", (self.bias,))
 
     def combine(
         self,
