@@ -73,6 +73,7 @@ struct Kernel {
   // `live` holds the positions of the live keys in ascending order; null: all are.
   void (*pack_text)(const Text&, int64_t b, int64_t h, const int32_t* live, int64_t num_live,
                     void* to);
+  // 0: the kernel does no projections, which are faster elsewhere.
   int64_t (*linear_bytes)(int64_t c_out, int64_t c_in);
   // Packs the output columns [begin, end); begin is a multiple of linear_columns.
   void (*pack_linear)(const void* w, int64_t stride, int64_t c_out, int64_t c_in, int64_t begin,

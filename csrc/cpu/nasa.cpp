@@ -64,7 +64,9 @@ struct Packed {
   int64_t n = 0;
 };
 
-Packed pack(const Tensor& k, const Tensor& v, const OptionalTensor& mask, at::ScalarType type) {
+// Where nothing lies, behind the live keys, there are zeros if `clean`.
+Packed pack(const Tensor& k, const Tensor& v, const OptionalTensor& mask, at::ScalarType type,
+            bool clean = false) {
   TORCH_CHECK(k.dim() == 4 && k.size(1) > 0, "snoopi: k must be [b n h d], got ", k.sizes());
   TORCH_CHECK(v.sizes() == k.sizes(), "snoopi: v must be ", k.sizes(), " like k, got ", v.sizes());
   const Kernel& kernel = kernel_for(type);
@@ -87,6 +89,7 @@ Packed pack(const Tensor& k, const Tensor& v, const OptionalTensor& mask, at::Sc
   }
   Packed packed = {bytes({b, h, kernel.text_bytes(n, text.d)}),
                    at::empty({b}, at::TensorOptions(at::kInt)), n};
+  if (clean) packed.data.zero_();
   int32_t* live = packed.live.mutable_data_ptr<int32_t>();
   std::fill_n(live, b, static_cast<int32_t>(n));
   int32_t* positions = order.defined() ? order.mutable_data_ptr<int32_t>() : nullptr;
@@ -119,6 +122,7 @@ Tensor pack(const Tensor& w, at::ScalarType type) {
   const Tensor weight = readable(w, type);
   const int64_t c_out = w.size(0), c_in = w.size(1), columns = kernel.linear_columns;
   const Tensor packed = bytes({kernel.linear_bytes(c_out, c_in)});
+  TORCH_CHECK(packed.numel() > 0, "snoopi: this processor's kernel packs no weights");
   void* to = packed.mutable_data_ptr();
   parallel(at::divup(c_out, columns), columns * c_in * 4, [&](int64_t begin, int64_t end) {
     kernel.pack_linear(weight.const_data_ptr(), weight.stride(0), c_out, c_in, begin * columns,
@@ -257,7 +261,8 @@ Tensor nasa_attention(const Tensor& q, const Tensor& k_pos, const Tensor& v_pos,
   call.set_strength(strength, nasa_scale);
   // Packing the weights costs about as much as a hundred rows of their product.
   constexpr int64_t kRowsWorthPacking = 512;
-  const bool fused = w_out.has_value() && q.size(0) * q.size(1) >= kRowsWorthPacking;
+  const bool fused = w_out.has_value() && q.size(0) * q.size(1) >= kRowsWorthPacking &&
+                     call.kernel.linear_bytes(w_out->size(0), w_out->size(1)) > 0;
   if (fused) call.set_projection(pack(*w_out, call.type), b_out, w_out->size(0));
   const Tensor out = call.result(q);
   call.run();
@@ -332,7 +337,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> twin_attention(const Tensor& q, const
 }
 
 std::tuple<Tensor, Tensor> pack_text(const Tensor& k, const Tensor& v, const OptionalTensor& mask) {
-  const Packed packed = pack(k, v, mask, computing_type(k.scalar_type()));
+  const Packed packed = pack(k, v, mask, computing_type(k.scalar_type()), true);
   return {packed.data, packed.live};
 }
 
@@ -353,7 +358,7 @@ TORCH_LIBRARY_IMPL(snoopi, CPU, m) {
 
 TORCH_LIBRARY_FRAGMENT(snoopi, m) {
   m.def("cpu_capability() -> str", [] { return snoopi::capability(); });
-  // Bytes of a packed text's head, and of a packed weight: what a fake kernel must know.
+  // Bytes of a packed text's head, and of a packed weight (0: not to be packed).
   m.def("text_bytes(int n, int d, ScalarType dtype) -> int",
         [](int64_t n, int64_t d, at::ScalarType dtype) {
           return snoopi::kernel_for(snoopi::computing_type(dtype)).text_bytes(n, d);

@@ -127,9 +127,17 @@ void pack_text(const Text& text, int64_t b, int64_t h, const int32_t* live, int6
   pack_values<F>(v, text.v_stride[1], live, num_live, text.d, reinterpret_cast<Unit*>(values));
 }
 
+// Without wide vectors here, the BLAS behind torch, which picks its own, multiplies faster.
+#if defined(__AVX2__)
+constexpr bool kProjects = true;
+#else
+constexpr bool kProjects = false;
+#endif
+
 template <typename F>
 int64_t linear_bytes(int64_t c_out, int64_t c_in) {
-  return packed_units<F>(c_out, c_in) * static_cast<int64_t>(sizeof(typename F::Unit));
+  const int64_t units = packed_units<F>(c_out, c_in);
+  return kProjects ? units * static_cast<int64_t>(sizeof(typename F::Unit)) : 0;
 }
 
 template <typename F>

@@ -114,8 +114,6 @@ class CrossAttention(nn.Module):
         """Eq. 10 and the output projection in one op."""
         scale = guidance.scale
         if pos.packed is not None:
-            if out is not None and out.packed is None:
-                out = None  # to_out follows as a module
             z = ops.nasa_attention_packed(q, pos, neg, out, null=null, nasa_scale=scale)
         else:
             z = ops.nasa_attention(

@@ -110,11 +110,10 @@ def nasa_attention_packed(
     texts = {"_pos": pos, "_neg": neg} | ({} if null is None else {"_null": null})
     w_out, b_out = (None, None) if out is None else (out.weight, out.bias)
     call = _Call(q, texts, w_out, b_out)
-    if _choose(call, nasa_scale, "auto").path != "fused" or not _laid_out(call, out):
+    if _choose(call, nasa_scale, "auto").path != "fused" or not _laid_out(call):
         return _nasa(call, nasa_scale, softmax_scale, "auto")
     formula = Formula(_strength(nasa_scale, call.q), "nasa")
-    scale = _softmax_scale(softmax_scale, call.q)
-    return call.run(library.guided_op, call.q, pos, neg, null, out, formula, scale)
+    return call.run(_guided, call, out, formula, _softmax_scale(softmax_scale, call.q))
 
 
 def guided_attention(
@@ -300,21 +299,17 @@ def _choose_path(call: _Call, backend: str, nasa_scale: object = None) -> Choice
 
 
 def _guided(call: _Call, out: LinearPack | None, formula: Formula, scale: float) -> Tensor:
-    """The fused op; what is not packed is packed, but not the weights: that pays only once."""
+    """The fused op. Texts that are not packed are, but not weights: that pays over many calls."""
     texts = [t if t.packed is not None else pack_text(*t[:3]) for t in call.texts.values()]
-    linear = out if out is not None and _linear_laid_out(call, out) else None
-    z = library.guided_op(call.q, texts[0], texts[1], None, linear, formula, scale)
-    return z if linear is not None else eager.project(z, call.w_out, call.b_out)
+    pos, neg, null = [*texts, None][:3]
+    packed = out is not None and out.packed is not None and out.weight.dtype == call.q.dtype
+    z = library.guided_op(call.q, pos, neg, null, out if packed else None, formula, scale)
+    return z if packed else eager.project(z, call.w_out, call.b_out)
 
 
-def _laid_out(call: _Call, out: LinearPack | None) -> bool:
-    """Whether every pack holds the native layout: made by a native op, for the call's dtype."""
-    texts = all(text.packed is not None for text in call.texts.values())
-    return texts and (out is None or _linear_laid_out(call, out))
-
-
-def _linear_laid_out(call: _Call, out: LinearPack) -> bool:
-    return out.packed is not None and out.weight.dtype == call.q.dtype
+def _laid_out(call: _Call) -> bool:
+    """Whether every text holds the native layout: made by a native op, for the call's dtype."""
+    return all(text.packed is not None for text in call.texts.values())
 
 
 def _texts(*parts: tuple[Tensor | None, Tensor | None, Tensor | None]) -> dict[str, TextPack]:

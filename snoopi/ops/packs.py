@@ -35,7 +35,7 @@ class TextPack(NamedTuple):
 class LinearPack(NamedTuple):
     """A projection as `nasa_attention_packed` takes it: weight [c_out h*d], bias [c_out].
 
-    packed: bytes [size] of the native layout; None where there is no native kernel.
+    packed: bytes [size] of the native layout; None where there is no native kernel for it.
     """
 
     weight: Tensor
@@ -89,6 +89,5 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> LinearPack:
         ValueError: shapes or dtypes that do not fit together.
     """
     checks.check_linear(weight, bias, names=("weight", "bias"))
-    usable = native.why_not(weight) is None
-    packed = torch.ops.snoopi.pack_linear(weight) if usable else None
+    packed = torch.ops.snoopi.pack_linear(weight) if native.projects(weight) else None
     return LinearPack(weight, bias, packed)
