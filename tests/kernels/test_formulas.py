@@ -17,7 +17,7 @@ from torch import Tensor
 
 from snoopi import ops
 from snoopi.guidance import NAG, NASA, VSF, Guidance
-from snoopi.ops.nasa import NATIVE
+from snoopi.ops.native import NATIVE
 
 BACKENDS = ["auto", "reference", *(["fused"] if NATIVE.loaded else [])]
 CASES = [
