@@ -41,6 +41,7 @@ if X86:
 COMMON_FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 COMMON_FLAGS += ["-DSNOOPI_AMX_EMULATED"] if EMULATE_AMX else []
 KERNEL_FLAGS = [*COMMON_FLAGS, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+KERNEL_FLAGS += ["-fno-exceptions"]  # they would need the C++ library
 KERNEL_FLAGS += ["-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
 
 

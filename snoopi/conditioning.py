@@ -16,16 +16,17 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from snoopi.guidance import NAG, NASA, VSF, Guidance
+from snoopi.ops import TextPack
 
 
 class TextKV(NamedTuple):
     """K/V of a text, its negative and its null text for every cross-attention.
 
-    sources: the tokens they were made from; layers: ((k, v) or None for each of the three, ...).
+    sources: what they were made from; layers: (a pack or None for each of the three, ...).
     """
 
     sources: tuple[Tensor | None, ...]
-    layers: tuple[tuple[tuple[Tensor, Tensor] | None, ...], ...]
+    layers: tuple[tuple[TextPack | None, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ def _unflatten(kind: type, parts: Iterable[Any], data: Iterable[Any]) -> Any:
     return value
 
 
+pytree._register_namedtuple(TextPack, serialized_type_name="snoopi.ops.packs.TextPack")
 for _kind in _FIELDS:
     pytree.register_pytree_node(
         _kind,

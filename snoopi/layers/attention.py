@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from snoopi import ops
 from snoopi.conditioning import Conditioning, TextKV
 from snoopi.guidance import NASA, Guidance, strength, with_strength
+from snoopi.ops import LinearPack, TextPack
 
 
 class SelfAttention(nn.Module):
@@ -46,6 +47,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.index, self.count = 0, 1
+        self._packed_out: tuple[LinearPack, int] | None = None
         self.to_q = nn.Linear(channels, heads * head_dim, bias=bias)
         self.to_k = nn.Linear(text_width, heads * head_dim, bias=bias)
         self.to_v = nn.Linear(text_width, heads * head_dim, bias=bias)
@@ -60,26 +62,25 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, cond: Conditioning, size: tuple[int, int]) -> Tensor:
         """x [b m c], the tokens of a picture of size (h, w) with m = h w -> [b m c]."""
         q = self.to_q(x).unflatten(-1, (self.heads, -1))  # [b m h d]
-        k, v = self._kv(cond, 0)
-        guidance, negative = self._guidance(cond, size), cond.negative
-        if guidance is None or negative is None:
-            return self._plain(q, k, v, cond.mask)
-        k_neg, v_neg = self._kv(cond, 1)
+        pos = self._text(cond, 0)
+        guidance = self._guidance(cond, size)
+        if guidance is None or cond.negative is None:
+            return self._out(ops.attention(q, pos.k, pos.v, pos.mask))
+        neg, out = self._text(cond, 1), self._linear()
         if isinstance(guidance, NASA):
-            return self._nasa(q, (k, v), (k_neg, v_neg), cond, guidance)
-        z_pos, lse_pos, z_neg, lse_neg = ops.twin_attention(
-            q, k, v, k_neg, v_neg, mask_pos=cond.mask, mask_neg=negative.mask
-        )
-        return self._out(guidance.combine(z_pos, lse_pos, z_neg, lse_neg))
+            null = self._text(cond, 2) if guidance.centred else None
+            return self._nasa(q, pos, neg, null, out, guidance)
+        z = ops.guided_attention(q, pos, neg, out, guidance)
+        return z if out is not None else self._out(z)
 
-    def _kv(self, cond: Conditioning, which: int) -> tuple[Tensor, Tensor]:
+    def _text(self, cond: Conditioning, which: int) -> TextPack:
         """K/V of the text (0), its negative (1) or the null text (2): filled in, or projected."""
         made = None if cond.kv is None else cond.kv.layers[self.index][which]
         if made is not None:
             return made
         text = (cond, cond.negative, cond.null)[which]
         assert text is not None
-        return self.key_value(text)
+        return TextPack(*self.key_value(text), text.mask)
 
     def _guidance(self, cond: Conditioning, size: tuple[int, int]) -> Guidance | None:
         """This layer's guidance with its own strength; None if it is off (a float 0)."""
@@ -94,48 +95,44 @@ class CrossAttention(nn.Module):
             value = value[self.index]
         if not isinstance(value, Tensor) and value == 0:
             return None
+        if torch.compiler.is_dynamo_compiling() and not isinstance(value, Tensor):
+            # As the op's float argument it would be a constant: a new graph for every strength.
+            value = value * torch.ones((), dtype=torch.float64, device=cond.tokens.device)
         if cond.region is not None:
             value = value * _pool(cond.region, size)  # [b m]
         return with_strength(cond.guidance, value)
 
-    def _plain(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return self._out(ops.attention(q, k, v, mask))
-
     def _nasa(
         self,
         q: Tensor,
-        pos: tuple[Tensor, Tensor],
-        neg: tuple[Tensor, Tensor],
-        cond: Conditioning,
+        pos: TextPack,
+        neg: TextPack,
+        null: TextPack | None,
+        out: LinearPack | None,
         guidance: NASA,
     ) -> Tensor:
         """Eq. 10 and the output projection in one op."""
-        assert cond.negative is not None
-        k_null, v_null, mask_null = None, None, None
-        if guidance.centred:
-            assert cond.null is not None
-            (k_null, v_null), mask_null = self._kv(cond, 2), cond.null.mask
         scale = guidance.scale
-        if torch.compiler.is_dynamo_compiling() and not isinstance(scale, Tensor):
-            # As the op's float argument it would be a constant: a new graph for every strength.
-            scale = scale * torch.ones((), dtype=torch.float64, device=q.device)
-        w_out, b_out = self._fusable_out()
-        z = ops.nasa_attention(
-            q,
-            *pos,
-            *neg,
-            w_out,
-            b_out,
-            k_null=k_null,
-            v_null=v_null,
-            mask_pos=cond.mask,
-            mask_neg=cond.negative.mask,
-            mask_null=mask_null,
-            nasa_scale=scale,
-        )
-        return z if w_out is not None else self._out(z)
+        if pos.packed is not None:
+            if out is not None and out.packed is None:
+                out = None  # to_out follows as a module
+            z = ops.nasa_attention_packed(q, pos, neg, out, null=null, nasa_scale=scale)
+        else:
+            z = ops.nasa_attention(
+                q,
+                *(pos.k, pos.v),
+                *(neg.k, neg.v),
+                *((None, None) if out is None else out[:2]),
+                k_null=None if null is None else null.k,
+                v_null=None if null is None else null.v,
+                mask_pos=pos.mask,
+                mask_neg=neg.mask,
+                mask_null=None if null is None else null.mask,
+                nasa_scale=scale,
+            )
+        return z if out is not None else self._out(z)
 
-    def _fusable_out(self) -> tuple[Tensor | None, Tensor | None]:
+    def _linear(self) -> LinearPack | None:
         """to_out's weight and bias if the op may take the projection: only from a plain Linear.
 
         An adapter, a hook, a subclass or a forward of its own on it would be bypassed in silence,
@@ -144,11 +141,32 @@ class CrossAttention(nn.Module):
         out = self.to_out[0]
         hooks = (out._forward_hooks, out._forward_pre_hooks, out._backward_hooks)
         if type(out) is not nn.Linear or "forward" in vars(out) or any(hooks):
-            return None, None
-        return out.weight, out.bias
+            return None
+        pack, version = self._packed_out or (None, 0)
+        # A graph would hold the pack, but could not see that the weight has changed.
+        if pack is None or torch.compiler.is_compiling():
+            return LinearPack(out.weight, out.bias)
+        current = pack.weight is out.weight and version == _version(out.weight)
+        return pack._replace(bias=out.bias) if current else LinearPack(out.weight, out.bias)
+
+    def pack_out(self) -> None:
+        """Pack to_out's weight for the op, if it may take the projection; see snoopi.optimize."""
+        linear = self._linear()
+        if linear is not None:
+            weight = linear.weight
+            self._packed_out = ops.pack_linear(weight, linear.bias), _version(weight)
+
+    def unpack_out(self) -> None:
+        """Undo pack_out."""
+        self._packed_out = None
 
     def _out(self, z: Tensor) -> Tensor:
         return self.to_out[0](z.flatten(-2))  # [b m c]
+
+
+def _version(x: Tensor) -> int:
+    """Counts changes in place, but not those of inference tensors and through `.data`."""
+    return 0 if x.is_inference() else x._version
 
 
 def _pool(region: Tensor, size: tuple[int, int]) -> Tensor:
@@ -157,11 +175,18 @@ def _pool(region: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def fill_kv(layers: list[CrossAttention], cond: Conditioning) -> TextKV:
-    """K/V of a conditioning's texts for every layer."""
+    """K/V of a conditioning's texts for every layer, packed for the op where it will run."""
     if torch.is_grad_enabled():
         raise RuntimeError("text_kv is for inference: call it under no_grad or inference_mode")
     texts = (cond, cond.negative, cond.null)
+
+    def make(layer: CrossAttention, text: Conditioning) -> TextPack:
+        k, v = layer.key_value(text)
+        # A text alone goes through PyTorch's attention, which takes them as they are.
+        guided = cond.guidance is not None
+        return ops.pack_text(k, v, text.mask) if guided else TextPack(k, v, text.mask)
+
     made = tuple(
-        tuple(None if text is None else layer.key_value(text) for text in texts) for layer in layers
+        tuple(None if text is None else make(layer, text) for text in texts) for layer in layers
     )
     return TextKV(cond.sources(), made)

@@ -60,8 +60,15 @@ def test_a_capability_object_shares_no_code(capability: str, tmp_path: Path) -> 
         pytest.skip("an x86-64 capability")
     target = tmp_path / "kernel.o"
     source = ROOT / "csrc" / "cpu" / "kernel.cpp"
-    call = ["g++", "-std=c++20", "-O0", "-fPIC", "-Wno-psabi", f"-DSNOOPI_CAPABILITY={capability}"]
-    call += FLAGS[capability].split()
+    call = [
+        "g++",
+        "-std=c++20",
+        "-O0",
+        "-fPIC",
+        "-fno-exceptions",
+        f"-DSNOOPI_CAPABILITY={capability}",
+    ]
+    call += ["-Wno-psabi", *FLAGS[capability].split()]
     subprocess.run([*call, "-c", str(source), "-o", str(target)], check=True)
     symbols = subprocess.run(["nm", "-C", str(target)], check=True, capture_output=True, text=True)
     kinds = [line.split(maxsplit=1) for line in symbols.stdout.replace(" " * 16, "0 ").splitlines()]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils import _pytree as pytree
@@ -20,6 +21,7 @@ from snoopi.layers import attention
 from snoopi.layers.attention import CrossAttention, fill_kv
 from snoopi.models.dit import DiT, DiTConfig
 from snoopi.models.unet import UNet, UNetConfig
+from snoopi.ops import LinearPack, TextPack
 from snoopi.ops.native import NATIVE
 
 GUIDANCES = [NASA(0.7), NASA(0.7, centred=True), NAG(2.0), NAG(2.0, norm_p=2), VSF(1.0)]
@@ -519,6 +521,16 @@ def by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
         attention = staticmethod(ops.attention)
         nasa_attention = staticmethod(partial(ops.nasa_attention, backend="reference"))
         twin_attention = staticmethod(partial(ops.twin_attention, backend="reference"))
+
+        @staticmethod
+        def guided_attention(
+            q: Tensor, pos: TextPack, neg: TextPack, out: LinearPack | None, guidance: Guidance
+        ) -> Tensor:
+            twins = Reference.twin_attention(
+                q, pos.k, pos.v, neg.k, neg.v, mask_pos=pos.mask, mask_neg=neg.mask
+            )
+            z = guidance.combine(*twins).to(q.dtype)
+            return z if out is None else F.linear(z.flatten(2), out.weight, out.bias)
 
     monkeypatch.setattr(attention, "ops", Reference)
 
