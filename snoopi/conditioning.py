@@ -22,7 +22,7 @@ from snoopi.ops import TextPack
 class TextKV(NamedTuple):
     """K/V of a text, its negative and its null text for every cross-attention.
 
-    sources: the tokens they were made from; layers: (a pack or None for each of the three, ...).
+    sources: what they were made from; layers: (a pack or None for each of the three, ...).
     """
 
     sources: tuple[Tensor | None, ...]
@@ -97,9 +97,10 @@ class Conditioning:
         return self.tokens.shape[0]
 
     def sources(self) -> tuple[Tensor | None, ...]:
-        """The tokens of the text, its negative and its null text."""
+        """Tokens and mask of the text, its negative and its null text: what a pack holds."""
         texts = (self, self.negative, self.null)
-        return tuple(None if text is None else text.tokens for text in texts)
+        pairs = ((None, None) if text is None else (text.tokens, text.mask) for text in texts)
+        return tuple(part for pair in pairs for part in pair)
 
     @property
     def width(self) -> int:

@@ -295,6 +295,18 @@ def test_kv_of_another_text_is_refused() -> None:
         replace(packed, tokens=COND.tokens + 1)
 
 
+def test_kv_of_another_mask_is_refused() -> None:
+    """A pack holds the live keys alone, so a mask of its own belongs to what it was made from."""
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    with torch.no_grad():
+        packed = unet().text_kv(steered(NASA(0.7, centred=True), mask=mask))
+    assert replace(packed, region=torch.ones(1, 9, 6)).kv is packed.kv
+    other = Conditioning(NEGATIVE.tokens, torch.ones(1, 4, dtype=torch.bool))
+    for change in ({"mask": None}, {"mask": mask.clone()}, {"negative": other}, {"null": NEGATIVE}):
+        with pytest.raises(ValueError, match="call text_kv again"):
+            replace(packed, **change)
+
+
 def test_kv_is_refused_under_grad() -> None:
     with pytest.raises(RuntimeError, match="inference"):
         unet().text_kv(COND)
