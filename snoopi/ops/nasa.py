@@ -301,9 +301,9 @@ def _choose_path(call: _Call, backend: str, nasa_scale: object = None) -> Choice
 def _guided(call: _Call, out: LinearPack | None, formula: Formula, scale: float) -> Tensor:
     """The fused op. Texts that are not packed are, but not weights: that pays over many calls."""
     texts = [t if t.packed is not None else pack_text(*t[:3]) for t in call.texts.values()]
-    pos, neg, null = [*texts, None][:3]
+    null = texts[2] if len(texts) > 2 else None
     packed = out is not None and out.packed is not None and out.weight.dtype == call.q.dtype
-    z = library.guided_op(call.q, pos, neg, null, out if packed else None, formula, scale)
+    z = library.guided_op(call.q, texts[0], texts[1], null, out if packed else None, formula, scale)
     return z if packed else eager.project(z, call.w_out, call.b_out)
 
 

@@ -12,10 +12,14 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Native(NamedTuple):
-    """State of the native op: whether it is loaded, and a sentence on it."""
+    """State of the native op: whether it is loaded, a sentence on it, whether it projects, too.
+
+    Where torch's own product with the weights is faster, the op leaves the projection to it.
+    """
 
     loaded: bool
     why: str
+    projects: bool = False
 
 
 def load(folder: Path | None = None) -> Native:
@@ -34,7 +38,8 @@ def load(folder: Path | None = None) -> Native:
         except (OSError, RuntimeError) as error:
             trouble = str(error).splitlines()[0]
     if trouble is None:
-        return Native(True, f"native CPU op, {torch.ops.snoopi.cpu_capability()}")
+        projects = torch.ops.snoopi.linear_bytes(1, 1, torch.float32) > 0
+        return Native(True, f"native CPU op, {torch.ops.snoopi.cpu_capability()}", projects)
     why = f"the native op snoopi/_cpu.so cannot be loaded: {trouble}"
     warnings.warn(
         f"{why}; the plain PyTorch path is used. Build it again: "
@@ -70,11 +75,3 @@ def why_not(x: Tensor) -> str | None:
     if x.dtype not in _DTYPES:
         return f"there is no fused kernel for {x.dtype}"
     return None if NATIVE.loaded else NATIVE.why
-
-
-def projects(weight: Tensor) -> bool:
-    """Whether the native op's own product with this weight [c_out c_in] is the fastest here."""
-    if why_not(weight) is not None:
-        return False
-    c_out, c_in = weight.shape
-    return torch.ops.snoopi.linear_bytes(int(c_out), int(c_in), weight.dtype) > 0

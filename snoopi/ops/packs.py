@@ -89,5 +89,6 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> LinearPack:
         ValueError: shapes or dtypes that do not fit together.
     """
     checks.check_linear(weight, bias, names=("weight", "bias"))
-    packed = torch.ops.snoopi.pack_linear(weight) if native.projects(weight) else None
+    usable = native.why_not(weight) is None and native.NATIVE.projects
+    packed = torch.ops.snoopi.pack_linear(weight) if usable else None
     return LinearPack(weight, bias, packed)
