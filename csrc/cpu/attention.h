@@ -79,6 +79,7 @@ struct Kernel {
   void (*pack_linear)(const void* w, int64_t stride, int64_t c_out, int64_t c_in, int64_t begin,
                       int64_t end, void* to);
   int64_t linear_columns;
+  int64_t most_rows;  // of a task
   int64_t (*scratch_bytes)(const Attention&);
   void (*run)(const Attention&, const Task&, void* scratch);
   // Whether the kernel computes what it should on this processor; null: no doubt.

@@ -97,6 +97,7 @@ inline int64_t depth_units(int64_t x) {
 }
 
 // `count` elements of a row that begins at `from`, as `units` units; those past the last are zero.
+// Pairs come in whole chunks of 32 elements.
 template <typename F>
 inline void fill_units(const typename F::T* from, int64_t count, typename F::Unit* to,
                        int64_t units) {
@@ -108,13 +109,19 @@ inline void fill_units(const typename F::T* from, int64_t count, typename F::Uni
     const int64_t room = units * F::kPerUnit;
     const int64_t filled = count < room ? count : room;
     typename F::Element* elements = reinterpret_cast<typename F::Element*>(to);
-    constexpr int kPiece = 16;  // a memcpy of a size known only now is a call
+    // In pieces of fixed sizes, because a memcpy of a size known only now is a call.
+    constexpr int64_t kChunk = 32, kPiece = 8;
+    for (int64_t i = filled / kChunk * kChunk; i < room; i += kChunk) {
+      __builtin_memset(elements + i, 0, kChunk * sizeof(typename F::Element));
+    }
     int64_t i = 0;
+    for (; i + kChunk <= filled; i += kChunk) {
+      __builtin_memcpy(elements + i, from + i, kChunk * sizeof(typename F::Element));
+    }
     for (; i + kPiece <= filled; i += kPiece) {
       __builtin_memcpy(elements + i, from + i, kPiece * sizeof(typename F::Element));
     }
     for (; i < filled; ++i) elements[i] = from[i];
-    for (; i < room; ++i) elements[i] = {};
   }
 }
 

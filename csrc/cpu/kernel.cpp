@@ -165,7 +165,8 @@ void attend(const Attention& call, const Task& task, int64_t m, int64_t rows, in
   int64_t q_stride = scratch.q_stride;
   bool copy = sizeof(T) * F::kPerUnit != sizeof(Unit);
 #if defined(SNOOPI_AMX)
-  copy = true;  // tiles read the padding
+  // Tiles read whole rows of 32 elements, 16 at a time.
+  copy = depth_units<F>(d) * F::kPerUnit != d || rows % kTileRows != 0;
 #endif
   if (F::kPerUnit > 1 && (d % F::kPerUnit != 0 || call.q_stride[1] % F::kPerUnit != 0)) copy = true;
   if (copy) {
@@ -383,10 +384,13 @@ constexpr bool (*kWorks)() = tiles_work;
 constexpr bool (*kWorks)() = nullptr;
 #endif
 
+// z of these rows should stay in the second cache: 1 MiB, or 2 where there is AMX.
+constexpr int64_t kMostRows = kBlockRows == 32 ? 256 : 128;
+
 template <typename F>
 constexpr Kernel kernel() {
-  return {text_bytes<F>,    pack_text<F>,     linear_bytes<F>, pack_linear<F>,
-          kPanelColumns<F>, scratch_bytes<F>, run<F>,          kWorks};
+  return {text_bytes<F>, pack_text<F>,     linear_bytes<F>, pack_linear<F>, kPanelColumns<F>,
+          kMostRows,     scratch_bytes<F>, run<F>,          kWorks};
 }
 
 }  // namespace

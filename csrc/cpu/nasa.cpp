@@ -209,14 +209,16 @@ struct Call {
   }
 
   // Query rows of a task. A task walks through all keys, values and weights once, so it should have
-  // many rows; but there should be tasks for all threads, and their rows in the second cache.
+  // many rows; but there should be a task for each thread, and the rows stay in the second cache.
   int64_t rows_of_a_task() const {
-    // NAG keeps two attentions of the rows.
-    const int64_t kMost = attention.combine == Combine::kNAG ? 64 : 128, kFewest = 32;
+    constexpr int64_t kFewest = 32;
+    const bool two = attention.combine == Combine::kNAG;  // attentions of the rows are kept
+    const int64_t most = two ? kernel.most_rows / 2 : kernel.most_rows;
     const int64_t threads = at::get_num_threads();
-    const int64_t wanted = threads > 1 ? 2 * threads : 1;  // in all
-    const int64_t pieces = std::max(at::divup(attention.m, kMost), at::divup(wanted, attention.b));
-    return std::max(at::divup(attention.m, pieces), std::min(kFewest, attention.m));
+    int64_t tasks = attention.b * at::divup(attention.m, most);
+    tasks = at::divup(tasks, threads) * threads;
+    const int64_t rows = at::divup(attention.m, at::divup(tasks, attention.b));
+    return std::max(rows, std::min(kFewest, attention.m));
   }
 
   void run() {

@@ -37,6 +37,8 @@ def load(folder: Path | None = None) -> Native:
             torch.ops.load_library(str(path))
         except (OSError, RuntimeError) as error:
             trouble = str(error).splitlines()[0]
+    if trouble is None and not hasattr(torch.ops.snoopi, "linear_bytes"):
+        trouble = "it was built from older sources"
     if trouble is None:
         projects = torch.ops.snoopi.linear_bytes(1, 1, torch.float32) > 0
         return Native(True, f"native CPU op, {torch.ops.snoopi.cpu_capability()}", projects)
