@@ -16,6 +16,7 @@ import torch
 from benchmarks import common, nasa_kernel, nasa_price, plots, tables
 from benchmarks.nasa_kernel import Shape
 from snoopi import ops
+from snoopi.layers.attention import CrossAttention
 
 CONTRACT = (
     *("shape", "dtype", "threads", "fused_ms", "eager_ms", "speedup", "gflops", "roof_fraction"),
@@ -351,6 +352,34 @@ def test_plain_is_the_layer_without_a_negative() -> None:
     x = nasa_kernel.make_inputs(TINY, "fp32")
     expected = ops.attention(x.q, x.k_pos, x.v_pos, None, x.w_out, x.b_out)
     torch.testing.assert_close(nasa_price.plain(x), expected)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_both_steps_run_on_the_optimized_network(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = {"nasa": 0, "plain": 0}
+    fused, plain = ops.nasa_attention_packed, CrossAttention._out
+
+    def with_packs(q: Any, pos: Any, neg: Any, out: Any, **kwargs: Any) -> torch.Tensor:
+        assert all(pack.packed is not None for pack in (pos, neg, out))
+        packed["nasa"] += 1
+        return fused(q, pos, neg, out, **kwargs)
+
+    def without_negative(self: CrossAttention, z: torch.Tensor) -> torch.Tensor:
+        assert self._packed_out is not None
+        packed["plain"] += 1
+        return plain(self, z)
+
+    monkeypatch.setattr(CrossAttention, "_out", without_negative)
+    monkeypatch.setattr(ops, "nasa_attention_packed", with_packs)
+    with torch.inference_mode():
+        net = nasa_price.random_network(dtype)
+        nasa_price.measure_step(net, dtype, 1, 2)
+    layers = len(net.cross_attentions())
+    # 2 pairs, 1 to warm up and 1 to check. Without the native op a layer takes plain tensors.
+    assert packed["plain"] == 4 * layers
+    assert packed["nasa"] == (4 * layers if common.NATIVE.loaded else 0)
 
 
 def test_a_step_that_the_negative_does_not_change_stops_it(
