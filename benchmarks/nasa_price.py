@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import common, nasa_kernel
+from benchmarks import calls, common, nasa_kernel
+from benchmarks.calls import NASA_SCALE, Inputs, Shape
 from benchmarks.common import Column, Row, Table, Times, number
-from benchmarks.nasa_kernel import NASA_SCALE, Inputs, Shape
 from snoopi import errors, zoo
 from snoopi.conditioning import Conditioning
 from snoopi.guidance import NASA
@@ -110,12 +110,12 @@ def measure_attention(dtype: str, threads: int, pairs: int) -> list[dict[str, An
         WrongResult: an error of the op above the rule, naming the layer.
     """
     shapes = layer_shapes()
-    inputs = [nasa_kernel.make_inputs(shape, dtype) for shape in shapes]
+    inputs = [calls.make_inputs(shape, dtype) for shape in shapes]
     parts: dict[str, list[Callable[[], object]]] = {"nasa": [], "plain": [], "eager": []}
     with common.at_threads(threads):
         for shape, x in zip(shapes, inputs, strict=True):
             nasa_kernel.check(nasa_kernel.Case(MODEL, shape, dtype, threads), x)
-            runs = nasa_kernel.competitors(x)
+            runs = calls.competitors(x)
             parts["nasa"].append(runs["warm"])
             parts["plain"].append(lambda x=x: plain(x))  # type: ignore[misc]
             parts["eager"].append(runs["eager"])
