@@ -147,8 +147,9 @@ def random_network(dtype: str) -> Any:
 
 
 def measure_step(net: Any, dtype: str, threads: int, pairs: int) -> dict[str, Any]:
-    """The row of one call of the network as a pipeline makes it: packed by `optimize`, and so are
-    its texts' K and V, which `text_kv` fills in beforehand.
+    """The row of one call of the network as a pipeline makes it.
+
+    `optimize` packs it, and K and V of its texts are filled in beforehand (for NASA packed).
 
     Raises:
         WrongResult: a prediction that is not finite, or that the negative does not change.
