@@ -27,6 +27,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Errors below these are right whatever eager's are (it may be exact by luck).
 ERROR_FLOORS = {"fp32": 2e-7, "bf16": 1e-3}
 ERROR_FACTOR = 2.0
+# What eager is judged against: far above its rounding, far below another formula's result in fp32.
+ERROR_CEILINGS = {"fp32": 1e-5, "bf16": 2e-2}
 
 Row = Mapping[str, Any]
 
@@ -203,6 +205,19 @@ def check_error(what: str, dtype: str, ours: float, eagers: float) -> None:
         raise WrongResult(
             f"{what}: error {ours:.3g} against fp64, at most {bound:.3g} is allowed "
             f"(eager's is {eagers:.3g}); nothing was timed"
+        )
+
+
+def check_eager(what: str, dtype: str, found: float) -> None:
+    """Hold eager itself to a ceiling: a wrong one would allow everything, and be no competitor.
+
+    Raises:
+        WrongResult: naming what was computed.
+    """
+    if not found <= ERROR_CEILINGS[dtype]:
+        raise WrongResult(
+            f"{what}: error {found:.3g} against fp64, at most {ERROR_CEILINGS[dtype]:.3g} is "
+            "allowed; nothing was timed"
         )
 
 

@@ -1,19 +1,20 @@
-"""The NASA op on the CPU against ordinary PyTorch, torch.compile and the machine's GEMM rate.
+"""The fused op on the CPU against ordinary PyTorch, torch.compile and the machine's GEMM rate.
 
-python -m benchmarks.nasa_kernel [--shapes real|sweep] [--dtype fp32|bf16|both] [--threads 1,2]
-                                 [--repeats N] [--json FILE] [--plots FOLDER]
+python -m benchmarks.nasa_kernel [--guidance nasa,nasa-centred,nag,vsf] [--shapes real|sweep]
+                                 [--dtype fp32|bf16|both] [--threads 1,2] [--repeats N]
+                                 [--json FILE] [--plots FOLDER]
 
-b batch, m query tokens, n tokens of each of the two texts, h heads, d head dim, c = h*d channels.
+b batch, m query tokens, n tokens of each text, h heads, d head dim, c = h*d channels.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,49 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import common, plots
+from benchmarks import calls, common, plots
+from benchmarks.calls import METHODS, Inputs, Shape, make_inputs
 from benchmarks.common import Column, Row, Table, number
-from snoopi import errors, ops
-from snoopi.noise import Noise
-from snoopi.ops import eager
-from snoopi.ops.packs import TextPack
+from snoopi import errors
 
 NAME = "benchmarks.nasa_kernel"
-NASA_SCALE = 0.5
 GEMM = (2048, 1280, 1280)  # rows, c_in, c_out of the Linear whose rate is the roof
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One call: q [b m h d], two texts of n tokens, a projection of c to c channels."""
-
-    m: int
-    n: int
-    h: int
-    d: int
-    b: int = 1
-
-    @property
-    def c(self) -> int:
-        """Channels."""
-        return self.h * self.d
-
-    @property
-    def flops(self) -> int:
-        """Of Q K^T and P V with both texts and of the projection; the softmax is not counted."""
-        return self.b * (8 * self.m * self.n * self.c + 2 * self.m * self.c**2)
-
-    def bytes(self, dtype: str) -> int:
-        """Of q, K and V of both texts, weight, bias and the result, each moved once."""
-        elements = 2 * self.b * self.m * self.c + 4 * self.b * self.n * self.c + self.c**2 + self.c
-        return elements * common.DTYPES[dtype].itemsize
-
-    def __str__(self) -> str:
-        return " ".join(f"{key}{value}" for key, value in self.sizes().items())
-
-    def sizes(self) -> dict[str, int]:
-        """The sizes by name, batch first."""
-        return {key: getattr(self, key) for key in ("b", "m", "n", "h", "d")}
 
 
 # The cross-attentions of the models at their native size, one picture.
@@ -93,22 +58,11 @@ class Case(NamedTuple):
     shape: Shape
     dtype: str
     threads: int
+    guidance: str = "nasa"
 
     def __str__(self) -> str:
         unit = "thread" if self.threads == 1 else "threads"
-        return f"{self.name} ({self.shape}) {self.dtype} on {self.threads} {unit}"
-
-
-class Inputs(NamedTuple):
-    """Arguments of the op, in the order of `ops.nasa_attention`."""
-
-    q: Tensor
-    k_pos: Tensor
-    v_pos: Tensor
-    k_neg: Tensor
-    v_neg: Tensor
-    w_out: Tensor
-    b_out: Tensor
+        return f"{self.guidance} {self.name} ({self.shape}) {self.dtype} on {self.threads} {unit}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     threads, names = common.thread_counts(options.threads), common.dtypes(options.dtype)
-    cases = _cases(options.shapes, names, threads)
+    cases = _cases(_guidances(options), options.shapes, names, threads)
     if options.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {options.repeats}")
     if options.plots is not None:
@@ -151,7 +105,21 @@ def _run(options: argparse.Namespace) -> None:
         _plot(options.plots, rows, machine)
 
 
-def _cases(shapes: str, names: Sequence[str], threads: Sequence[int]) -> list[Case]:
+def _guidances(options: argparse.Namespace) -> list[str]:
+    """--guidance as names, in the order given; the sweeps are NASA's alone."""
+    chosen = list(dict.fromkeys(options.guidance.split(",")))
+    unknown = [name for name in chosen if name not in METHODS]
+    if unknown:
+        known = ", ".join(METHODS)
+        raise ValueError(f"--guidance: unknown guidance {unknown[0]!r}; known are {known}")
+    if options.shapes == "sweep" and chosen != ["nasa"]:
+        raise ValueError(f"--shapes sweep is for --guidance nasa alone, got {options.guidance!r}")
+    return chosen
+
+
+def _cases(
+    guidances: Sequence[str], shapes: str, names: Sequence[str], threads: Sequence[int]
+) -> list[Case]:
     if shapes == "sweep":
         swept = dict.fromkeys(shape for axis in SWEEPS.values() for shape in axis)
         first = [(shape, threads[0]) for shape in swept]
@@ -163,86 +131,44 @@ def _cases(shapes: str, names: Sequence[str], threads: Sequence[int]) -> list[Ca
         known = ", ".join(["real", "sweep", *REAL])
         raise ValueError(f"--shapes: unknown shape {unknown[0]!r}; known are {known}")
     return [
-        Case(name, REAL[name], dtype, count)
+        Case(name, REAL[name], dtype, count, guidance)
+        for guidance in guidances
         for dtype in names
         for count in threads
         for name in chosen
     ]
 
 
-# --- the competitors ------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
-def make_inputs(shape: Shape, dtype: str) -> Inputs:
-    """Inputs of a shape: N(0, 1), the weight scaled to keep that; every dtype rounds the same."""
-    b, m, n, h, d, c = shape.b, shape.m, shape.n, shape.h, shape.d, shape.c
-    noise = Noise(0)
-
-    def draw(name: str, *sizes: int) -> Tensor:
-        return noise.sample(name, 0, 0, sizes)
-
-    made = [draw("q", b, m, h, d)]
-    made += [draw(name, b, n, h, d) for name in ("k_pos", "v_pos", "k_neg", "v_neg")]
-    made += [draw("w_out", c, c) * c**-0.5, draw("b_out", c)]
-    return Inputs(*(x.to(common.DTYPES[dtype]) for x in made))
-
-
-def chain(
-    q: Tensor,
-    k_pos: Tensor,
-    v_pos: Tensor,
-    k_neg: Tensor,
-    v_neg: Tensor,
-    w_out: Tensor,
-    b_out: Tensor,
-) -> Tensor:
-    """The baseline: scaled_dot_product_attention twice, subtract, linear."""
-    pos, neg = TextPack(k_pos, v_pos), TextPack(k_neg, v_neg)
-    return eager.nasa_attention(q, pos, neg, None, w_out, b_out, NASA_SCALE, None)
-
-
-def competitors(x: Inputs) -> dict[str, Callable[[], Tensor]]:
-    """The op warm (packed beforehand) and cold (packs in the call), and the eager chain."""
-    pos, neg = ops.pack_text(x.k_pos, x.v_pos), ops.pack_text(x.k_neg, x.v_neg)
-    out = ops.pack_linear(x.w_out, x.b_out)
-    return {
-        "warm": lambda: ops.nasa_attention_packed(x.q, pos, neg, out, nasa_scale=NASA_SCALE),
-        "cold": lambda: ops.nasa_attention(*x, nasa_scale=NASA_SCALE),
-        "eager": lambda: chain(*x),
-    }
-
-
-def exact(x: Inputs) -> Tensor:
-    """The result in fp64, from the inputs as they are rounded."""
-    return ops.nasa_attention(
-        *(tensor.double() for tensor in x), nasa_scale=NASA_SCALE, backend="reference"
-    )
-
-
-def compiled(x: Inputs) -> tuple[Callable[[], Tensor] | None, str]:
+def compiled(x: Inputs, guidance: str) -> tuple[Callable[[], Tensor] | None, str]:
     """torch.compile of the eager chain, compiled by a first call; None and why where it fails.
 
     Call it at the number of threads that it will run on: that number is compiled in.
     """
     torch.compiler.reset()  # recompilations of one function are limited
-    fast = torch.compile(chain, fullgraph=True, dynamic=False)
     try:
-        fast(*x)
+        fast = calls.chain(
+            x, guidance, functools.partial(torch.compile, fullgraph=True, dynamic=False)
+        )
+        fast()
     except Exception as trouble:  # whatever inductor misses here, such as a compiler
         first = (str(trouble).strip().splitlines() or [""])[0]
         why = re.sub(r"\S*/", "", first)  # the folders of paths say nothing elsewhere
         return None, f"torch.compile failed: {type(trouble).__name__}: {why}"
-    return lambda: fast(*x), ""
+    return fast, ""
 
 
 def check(case: Case, x: Inputs) -> dict[str, float]:
     """Relative rms errors of the competitors against fp64.
 
     Raises:
-        WrongResult: an error of the op above the rule, naming the case.
+        WrongResult: an error of the op or of eager above the rule, naming the case.
     """
-    truth = exact(x)
-    found = {name: common.error(run(), truth) for name, run in competitors(x).items()}
+    truth, runs = calls.exact(x, case.guidance), calls.competitors(x, case.guidance)
+    found = {name: common.error(run(), truth) for name, run in runs.items()}
+    common.check_eager(f"{case}, eager", case.dtype, found["eager"])
     for name in ("warm", "cold"):
         common.check_error(f"{case}, {name}", case.dtype, found[name], found["eager"])
     return found
@@ -252,7 +178,7 @@ def _check_all(cases: Sequence[Case]) -> None:
     """Every case before any is timed: a wrong kernel is told in seconds."""
     for case in cases:
         with common.at_threads(case.threads):
-            check(case, make_inputs(case.shape, case.dtype))
+            check(case, make_inputs(case.shape, case.dtype, case.guidance))
     factor = f"{common.ERROR_FACTOR:g}"
     print(f"\nchecked {len(cases)} rows against fp64: no error above {factor} times eager's")
 
@@ -266,16 +192,17 @@ def measure(case: Case, repeats: int, *, compile: bool = True) -> dict[str, Any]
     Raises:
         WrongResult: see `check`.
     """
-    shape, dtype = case.shape, case.dtype
-    x = make_inputs(shape, dtype)
+    shape, dtype, guidance = case.shape, case.dtype, case.guidance
+    x, texts = make_inputs(shape, dtype, guidance), METHODS[guidance].texts
+    flops, moved = shape.flops(texts), shape.bytes(dtype, texts)
     gemm = [torch.ones(size, dtype=common.DTYPES[dtype]) for size in (GEMM[:2], GEMM[:0:-1])]
     with common.at_threads(case.threads):
         found = check(case, x)
-        path = ops.explain(*x, nasa_scale=NASA_SCALE)
-        runs = competitors(x)
-        fast, why_not = compiled(x) if compile else (None, "torch.compile was left out")
+        path = calls.explain(x, guidance)
+        runs = calls.competitors(x, guidance)
+        fast, why_not = compiled(x, guidance) if compile else (None, "torch.compile was left out")
         if fast is not None:
-            found["compiled"] = common.error(fast(), exact(x))
+            found["compiled"] = common.error(fast(), calls.exact(x, guidance))
             common.check_error(f"{case}, compiled", dtype, found["compiled"], found["eager"])
             runs["compiled"] = fast
         parts: dict[str, list[Callable[[], object]]] = {name: [run] for name, run in runs.items()}
@@ -283,9 +210,10 @@ def measure(case: Case, repeats: int, *, compile: bool = True) -> dict[str, Any]
         times = {name: made[0] for name, made in common.interleave(parts, repeats).items()}
     ms = {name: taken.ms for name, taken in times.items()}
     roof = 2 * GEMM[0] * GEMM[1] * GEMM[2] / ms["gemm"] / 1e6  # GFLOP/s
-    floor_ms = shape.flops / roof / 1e6
+    floor_ms = flops / roof / 1e6
     handed = path.path == "eager"
     return {
+        "guidance": guidance,
         "shape": case.name,
         "dtype": dtype,
         "threads": case.threads,
@@ -303,12 +231,12 @@ def measure(case: Case, repeats: int, *, compile: bool = True) -> dict[str, Any]
         "speedup_cold": 1.0 if handed else ms["eager"] / ms["cold"],
         "speedup_compiled": ms["compiled"] / ms["warm"] if fast else None,
         "speedup_cold_compiled": ms["compiled"] / ms["cold"] if fast else None,
-        "gflops": shape.flops / ms["warm"] / 1e6,
+        "gflops": flops / ms["warm"] / 1e6,
         "roof_gflops": roof,
         "floor_ms": floor_ms,
         "roof_fraction": floor_ms / ms["warm"],
-        "bytes": shape.bytes(dtype),
-        "gb_per_s": shape.bytes(dtype) / ms["warm"] / 1e6,
+        "bytes": moved,
+        "gb_per_s": moved / ms["warm"] / 1e6,
         "error_fused": found["warm"],
         "error_cold": found["cold"],
         "error_eager": found["eager"],
@@ -356,16 +284,12 @@ MEASURES = (
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Geometric means per dtype and threads, each with its worst shape."""
+    """Geometric means per guidance, dtype and threads, each with its worst shape."""
     lines = []
-    for dtype, threads in dict.fromkeys((row["dtype"], row["threads"]) for row in rows):
+    for group in dict.fromkeys(map(_group, rows)):
         for title, key, worst in MEASURES:
-            mine = [
-                row
-                for row in rows
-                if (row["dtype"], row["threads"]) == (dtype, threads) and row[key] is not None
-            ]
-            line: dict[str, Any] = {"dtype": dtype, "threads": threads, "measure": title}
+            mine = [row for row in rows if _group(row) == group and row[key] is not None]
+            line: dict[str, Any] = {**dict(zip(_GROUP, group, strict=True)), "measure": title}
             line |= {"count": len(mine), "mean": None, "worst": None, "worst_shape": None}
             if mine:
                 last = worst(mine, key=lambda row: row[key])
@@ -373,6 +297,13 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 line |= {"worst": last[key], "worst_shape": last["shape"]}
             lines.append(line)
     return lines
+
+
+_GROUP = ("guidance", "dtype", "threads")
+
+
+def _group(row: Row) -> tuple[Any, ...]:
+    return tuple(row[key] for key in _GROUP)
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
@@ -393,15 +324,15 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _place(row: Row) -> str:
-    return f"{row['shape']} {row['dtype']} x{row['threads']}"
+    return f"{row['guidance']} {row['shape']} {row['dtype']} x{row['threads']}"
 
 
 def _command(options: argparse.Namespace, names: Sequence[str], threads: Sequence[int]) -> str:
     """The command without the files it writes."""
     dtype = names[0] if len(names) == 1 else "both"
-    words = f"--shapes {options.shapes} --dtype {dtype} --threads {','.join(map(str, threads))}"
-    extra = "" if options.compile else " --no-compile"
-    return f"python -m {NAME} {words} --repeats {options.repeats}{extra}"
+    words = f"--guidance {options.guidance} --shapes {options.shapes} --dtype {dtype}"
+    words += f" --threads {','.join(map(str, threads))} --repeats {options.repeats}"
+    return f"python -m {NAME} {words}{'' if options.compile else ' --no-compile'}"
 
 
 def _plot(folder: Path, rows: Sequence[Row], machine: Mapping[str, Any]) -> None:
@@ -424,16 +355,17 @@ def _plot(folder: Path, rows: Sequence[Row], machine: Mapping[str, Any]) -> None
 
 
 TABLE = Table(
-    "The NASA op: `benchmarks.nasa_kernel`",
+    "The fused op: `benchmarks.nasa_kernel`",
     (
         Column("shape", "", lambda row: row["shape"], 22),
+        Column("guidance", "", lambda row: row["guidance"], 12),
         Column("type", "", lambda row: row["dtype"], 4),
         Column("thr", "threads", number("threads", "d"), 3),
         Column("warm", "ms, the op on texts and weights packed beforehand", number("fused_ms"), 7),
         Column("cold", "ms, the op on plain tensors: it packs in the call", number("cold_ms"), 7),
         Column(
             "eager",
-            "ms, scaled_dot_product_attention of each text, subtract, linear",
+            "ms, the guidance from scaled_dot_product_attention, elementwise ops and linear",
             number("eager_ms"),
             7,
         ),
@@ -443,7 +375,9 @@ TABLE = Table(
         Column("warm/e", "eager's time over warm's: above 1 the op wins", number("speedup"), 6),
         Column("cold/e", "eager's time over cold's; '= eager': handed to it", _cold, 7),
         Column("warm/c", "compiled's time over warm's", number("speedup_compiled"), 6),
-        Column("GFLOP/s", "of warm: 8 m n c + 2 m c^2 a picture", number("gflops", ".0f"), 7),
+        Column(
+            "GFLOP/s", "of warm: 4 m n c a text + 2 m c^2, a picture", number("gflops", ".0f"), 7
+        ),
         Column(
             "roof",
             f"GFLOP/s of F.linear [{GEMM[0]} {GEMM[1]}] x [{GEMM[1]} {GEMM[2]}] in the same loop",
@@ -459,10 +393,11 @@ TABLE = Table(
         Column("GB/s", "of warm: inputs and result moved once", number("gb_per_s", ".1f"), 5),
         Column("error", "relative rms of warm against fp64", number("error_fused", ".1e"), 7),
         Column("err/e", "the same over eager's", number("error_ratio"), 5),
-        Column("path", "of cold by ops.explain", lambda row: row["path"], 9),
+        Column("path", "of cold", lambda row: row["path"], 9),
     ),
     (
         Column("geometric mean", "", lambda row: row["measure"], 22),
+        Column("guidance", "", lambda row: row["guidance"], 12),
         Column("type", "", lambda row: row["dtype"], 4),
         Column("thr", "", number("threads", "d"), 3),
         Column("shapes", "", number("count", "d"), 6),
@@ -476,10 +411,16 @@ TABLE = Table(
 def _parser() -> argparse.ArgumentParser:
     parser = errors.Parser(
         prog=NAME,
-        description="The NASA op on the CPU: checked against fp64, then timed next to PyTorch.",
+        description="The fused op on the CPU: checked against fp64, then timed next to PyTorch.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    add(
+        "--guidance",
+        default="nasa",
+        metavar="NAME[,NAME]",
+        help=f"what combines the texts: {', '.join(METHODS)}; the sweep is of nasa alone",
+    )
     add(
         "--shapes",
         default="real",

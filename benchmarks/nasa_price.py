@@ -4,7 +4,8 @@ python -m benchmarks.nasa_price [--part attention|step|both] [--dtype bf16|fp32|
                                 [--threads 1,2] [--pairs N] [--json FILE]
 
 With NASA a cross-attention reads two texts instead of one. The price is judged against the same
-layers without a negative, on PyTorch's scaled_dot_product_attention and Linear.
+layers without a negative, on PyTorch's scaled_dot_product_attention and Linear; in a step, on the
+same network, packed by snoopi.optimize.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import common, nasa_kernel
+from benchmarks import calls, common, nasa_kernel
+from benchmarks.calls import NASA_SCALE, Inputs, Shape
 from benchmarks.common import Column, Row, Table, Times, number
-from benchmarks.nasa_kernel import NASA_SCALE, Inputs, Shape
 from snoopi import errors, zoo
 from snoopi.conditioning import Conditioning
 from snoopi.guidance import NASA
 from snoopi.noise import Noise
+from snoopi.optimize import optimize
 
 NAME = "benchmarks.nasa_price"
 MODEL = "sd21"
@@ -108,12 +110,12 @@ def measure_attention(dtype: str, threads: int, pairs: int) -> list[dict[str, An
         WrongResult: an error of the op above the rule, naming the layer.
     """
     shapes = layer_shapes()
-    inputs = [nasa_kernel.make_inputs(shape, dtype) for shape in shapes]
+    inputs = [calls.make_inputs(shape, dtype) for shape in shapes]
     parts: dict[str, list[Callable[[], object]]] = {"nasa": [], "plain": [], "eager": []}
     with common.at_threads(threads):
         for shape, x in zip(shapes, inputs, strict=True):
             nasa_kernel.check(nasa_kernel.Case(MODEL, shape, dtype, threads), x)
-            runs = nasa_kernel.competitors(x)
+            runs = calls.competitors(x)
             parts["nasa"].append(runs["warm"])
             parts["plain"].append(lambda x=x: plain(x))  # type: ignore[misc]
             parts["eager"].append(runs["eager"])
@@ -145,7 +147,9 @@ def random_network(dtype: str) -> Any:
 
 
 def measure_step(net: Any, dtype: str, threads: int, pairs: int) -> dict[str, Any]:
-    """The row of one call of the network, with its texts' K and V filled in beforehand.
+    """The row of one call of the network as a pipeline makes it.
+
+    `optimize` packs it, and K and V of its texts are filled in beforehand (for NASA packed).
 
     Raises:
         WrongResult: a prediction that is not finite, or that the negative does not change.
@@ -156,6 +160,7 @@ def measure_step(net: Any, dtype: str, threads: int, pairs: int) -> dict[str, An
     def draw(name: str, *sizes: int) -> Tensor:
         return noise.sample(name, 0, 0, sizes).to(common.DTYPES[dtype])
 
+    optimize(net.requires_grad_(False))
     x, t = draw("x", 1, config.in_channels, LATENT, LATENT), torch.tensor([999])
     text, negative = (
         Conditioning(draw(name, 1, TEXT, config.text_width)) for name in ("text", "negative")

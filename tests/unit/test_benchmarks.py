@@ -13,12 +13,23 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import common, nasa_kernel, nasa_price, plots, tables
-from benchmarks.nasa_kernel import Shape
+from benchmarks import calls, common, nasa_kernel, nasa_price, plots, tables
+from benchmarks.calls import METHODS, Shape
 from snoopi import ops
+from snoopi.layers.attention import CrossAttention
 
 CONTRACT = (
-    *("shape", "dtype", "threads", "fused_ms", "eager_ms", "speedup", "gflops", "roof_fraction"),
+    *(
+        "guidance",
+        "shape",
+        "dtype",
+        "threads",
+        "fused_ms",
+        "eager_ms",
+        "speedup",
+        "gflops",
+        "roof_fraction",
+    ),
     *("error_fused", "error_eager"),
 )
 TINY = Shape(6, 3, 2, 4)
@@ -78,6 +89,7 @@ def test_json_holds_the_machine_and_a_row_a_shape(
         assert row["error_fused"] < 1e-2 and row["error_eager"] < 1e-2
         fused = common.NATIVE.loaded
         assert row["path"] == ("fused" if fused else "eager")
+    assert {row["guidance"] for row in result["rows"] + result["summary"]} == {"nasa"}
     means = {(s["dtype"], s["threads"], s["measure"]): s for s in result["summary"]}
     assert len(means) == 4 * len(nasa_kernel.MEASURES)
     line = means["bf16", 2, "warm over eager"]
@@ -87,12 +99,116 @@ def test_json_holds_the_machine_and_a_row_a_shape(
     assert means["bf16", 2, "warm over compiled"]["mean"] is None
 
 
-def test_flops_and_bytes_are_those_of_the_definition() -> None:
-    x = nasa_kernel.make_inputs(Shape(5, 7, 2, 3, b=2), "bf16")
-    products = 2 * 2 * (2 * 2 * 5 * 7 * 6)  # texts, Q K^T and P V, 2 b m n c
-    assert Shape(5, 7, 2, 3, b=2).flops == products + 2 * (2 * 5) * 6 * 6
-    moved = sum(tensor.nbytes for tensor in x) + x.q.nbytes  # the result is as large as q
-    assert Shape(5, 7, 2, 3, b=2).bytes("bf16") == moved
+def test_a_row_and_means_a_guidance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, page = tmp_path / "out.json", tmp_path / "page.md"
+    names = ["vsf", "nag", "nasa-centred"]
+    arguments = ["--threads", "1", "--dtype", "fp32", "--json", str(file)]
+    assert kernel("--guidance", ",".join(names), *arguments) == 0
+    assert "checked 6 rows against fp64" in capsys.readouterr().out
+    result = json.loads(file.read_text())
+    assert "--guidance vsf,nag,nasa-centred --shapes real --dtype fp32 " in result["command"]
+    keys = [(row["guidance"], row["shape"]) for row in result["rows"]]
+    assert keys == [(name, shape) for name in names for shape in ("tiny", "odd")]
+    for row in result["rows"]:
+        assert row["gflops"] * row["fused_ms"] * 1e6 == pytest.approx(
+            nasa_kernel.REAL[row["shape"]].flops(3 if row["guidance"] == "nasa-centred" else 2)
+        )
+        expected = "eager" if row["guidance"] == "nasa-centred" else "reference"
+        assert row["path"] == ("fused" if common.NATIVE.loaded else expected)
+    for line in result["summary"]:
+        assert line["count"] in (0, 2)
+    speeds = {row["shape"]: row["speedup"] for row in result["rows"] if row["guidance"] == "nag"}
+    (line,) = (
+        line
+        for line in result["summary"]
+        if (line["guidance"], line["measure"]) == ("nag", "warm over eager")
+    )
+    assert line["mean"] == pytest.approx(math.sqrt(math.prod(speeds.values())))
+    assert tables.main([str(file), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert all(text.count(f"| tiny | {name} | fp32 | 1 |") == 1 for name in names)
+    assert all(text.count(f"| warm over eager | {name} | fp32 | 1 |") == 1 for name in names)
+
+
+@pytest.mark.parametrize("guidance", METHODS)
+def test_flops_and_bytes_are_those_of_the_definition(guidance: str) -> None:
+    shape = Shape(5, 7, 2, 3, b=2)
+    x = calls.make_inputs(shape, "bf16", guidance)
+    texts = METHODS[guidance].texts
+    assert texts == (3 if guidance == "nasa-centred" else 2)
+    products = texts * 2 * (2 * 2 * 5 * 7 * 6)  # texts, Q K^T and P V, 2 b m n c
+    assert shape.flops(texts) == products + 2 * (2 * 5) * 6 * 6
+    given = [tensor for tensor in x if tensor is not None]
+    moved = sum(tensor.nbytes for tensor in given) + x.q.nbytes  # the result is as large as q
+    assert shape.bytes("bf16", texts) == moved
+
+
+def by_hand(x: calls.Inputs, guidance: str) -> torch.Tensor:
+    """The guidances at the strengths that are timed, query by query and head by head."""
+    b, m, h, d = x.q.shape
+    result = torch.empty(b, m, h * d, dtype=torch.float64)
+
+    def attend(k: Any, v: Any, i: int, j: int, bias: Any = 0.0) -> torch.Tensor:
+        heads = [
+            torch.softmax(k[i, :, head] @ x.q[i, j, head] / d**0.5 + bias, 0) @ v[i, :, head]
+            for head in range(h)
+        ]
+        return torch.cat(heads)
+
+    for i, j in itertools.product(range(b), range(m)):
+        pos, neg = attend(x.k_pos, x.v_pos, i, j), attend(x.k_neg, x.v_neg, i, j)
+        if guidance == "nasa":
+            z = pos - 0.5 * neg
+        elif guidance == "nasa-centred":
+            z = pos - 0.5 * (neg - attend(x.k_null, x.v_null, i, j))
+        elif guidance == "nag":
+            z = 3.0 * pos - 2.0 * neg
+            z = z * min(1.0, (2.5 * pos.abs().sum() / z.abs().sum()).item())
+            z = 0.375 * z + 0.625 * pos
+        else:
+            k, v = torch.cat([x.k_pos, x.k_neg], 1), torch.cat([x.v_pos, -3.0 * x.v_neg], 1)
+            n = x.k_pos.shape[1]
+            bias = torch.tensor([0.0] * n + [-0.1] * n, dtype=torch.float64)
+            z = attend(k, v, i, j, bias)
+        result[i, j] = x.w_out @ z + x.b_out
+    return result
+
+
+@pytest.mark.parametrize("guidance", METHODS)
+def test_exact_and_every_competitor_compute_the_guidance(guidance: str) -> None:
+    x = calls.make_inputs(Shape(5, 7, 2, 8, b=2), "fp32", guidance)
+    wide = calls.Inputs(*(None if tensor is None else tensor.double() for tensor in x))  # type: ignore[arg-type]
+    expected = by_hand(wide, guidance)
+    torch.testing.assert_close(calls.exact(x, guidance), expected, rtol=1e-12, atol=1e-12)
+    for name, run in calls.competitors(x, guidance).items():
+        assert common.error(run(), expected) < 1e-6, name
+
+
+@pytest.mark.parametrize("guidance", METHODS)
+def test_warm_takes_packs_and_cold_plain_tensors(
+    guidance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a call is given: whether its texts and its projection hold a layout."""
+    seen: list[bool] = []
+
+    def spy(name: str) -> None:
+        right = getattr(ops, name)
+
+        def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+            packs = [a for a in (*args, *kwargs.values()) if hasattr(a, "packed")]
+            assert len({pack.packed is not None for pack in packs}) <= 1
+            assert len(packs) in (0, METHODS[guidance].texts + 1)
+            seen.append(bool(packs) and packs[0].packed is not None)
+            return right(*args, **kwargs)
+
+        monkeypatch.setattr(ops, name, call)
+
+    for name in ("nasa_attention", "nasa_attention_packed", "guided_attention"):
+        spy(name)
+    runs = calls.competitors(calls.make_inputs(TINY, "fp32", guidance), guidance)
+    for name in ("warm", "cold", "eager"):
+        runs[name]()
+    assert seen == [common.NATIVE.loaded, False]
 
 
 def test_the_real_shapes_are_those_of_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,25 +226,29 @@ def test_the_real_shapes_are_those_of_the_models(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("wrong", ["warm", "cold"])
+@pytest.mark.parametrize("guidance", METHODS)
 def test_a_wrong_result_stops_it_before_timing(
+    guidance: str,
     wrong: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    name = {"warm": "nasa_attention_packed", "cold": "nasa_attention"}[wrong]
-    right = getattr(ops, name)
+    right = calls.competitors
 
-    def off(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        result = right(q, *args, **kwargs)
-        return result if kwargs.get("backend") == "reference" or q.shape[0] == 1 else 1.01 * result
+    def off(x: calls.Inputs, name: str = "nasa") -> Any:
+        runs = right(x, name)
+        fine = runs[wrong]
+        # A batch of 1 is right, so that the row is named that is not.
+        return runs if len(x.q) == 1 else {**runs, wrong: lambda: 1.01 * fine()}
 
-    monkeypatch.setattr(ops, name, off)
+    monkeypatch.setattr(calls, "competitors", off)
     monkeypatch.setattr(common, "interleave", lambda *_: pytest.fail("was timed"))
     file = tmp_path / "out.json"
-    assert kernel("--threads", "1", "--dtype", "fp32", "--json", str(file)) == 1
+    arguments = ["--threads", "1", "--dtype", "fp32", "--json", str(file)]
+    assert kernel("--guidance", guidance, *arguments) == 1
     said = one_line(capsys)
-    assert f"odd (b2 m5 n7 h1 d3) fp32 on 1 thread, {wrong}: error 0.01" in said
+    assert f"{guidance} odd (b2 m5 n7 h1 d3) fp32 on 1 thread, {wrong}: error 0.01" in said
     assert not file.exists()
 
 
@@ -146,6 +266,26 @@ def test_the_error_rule() -> None:
         common.check_error("what", "bf16", 2.1e-3, 1e-3)
     common.check_error("what", "bf16", 1.9e-3, 1e-3)
     common.check_error("what", "fp32", 1.9e-7, 0.0)
+
+
+def test_a_wrong_eager_is_no_competitor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its error would allow the op's: 2 times a large one."""
+    without_bias = METHODS["vsf"]._replace(
+        arguments=lambda x: tuple(
+            torch.zeros_like(y) if i == 3 else y for i, y in enumerate(calls.vsf_texts(x))
+        )
+    )
+    monkeypatch.setitem(METHODS, "vsf", without_bias)
+    monkeypatch.setattr(common, "interleave", lambda *_: pytest.fail("was timed"))
+    arguments = ["--threads", "1", "--dtype", "fp32", "--shapes", "tiny"]
+    assert kernel("--guidance", "vsf", *arguments) == 1
+    assert "vsf tiny (b1 m6 n3 h2 d4) fp32 on 1 thread, eager: error 0.0" in one_line(capsys)
+    for bad in (math.nan, math.inf, 1.1e-5):
+        with pytest.raises(common.WrongResult):
+            common.check_eager("what", "fp32", bad)
+    common.check_eager("what", "fp32", 0.9e-5)
 
 
 def test_without_a_compiler_the_row_says_so(
@@ -173,33 +313,36 @@ def test_a_wrong_compiled_result_stops_it(
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda f, **_: lambda *x: 1.01 * f(*x))
     assert nasa_kernel.main(["--threads", "1", "--dtype", "fp32", "--shapes", "tiny"]) == 1
-    assert "tiny (b1 m6 n3 h2 d4) fp32 on 1 thread, compiled: error 0.01" in one_line(capsys)
+    assert "nasa tiny (b1 m6 n3 h2 d4) fp32 on 1 thread, compiled: error 0.01" in one_line(capsys)
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_op_and_eager_run_on_the_threads_of_the_row(
     count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, set[int]] = {"warm": set(), "eager": set()}
+    seen: dict[str, set[int]] = {"warm": set(), "cold": set(), "eager": set()}
+    right = calls.competitors
 
     def spy(name: str, run: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call() -> Any:
             seen[name].add(torch.get_num_threads())
-            return run(*args, **kwargs)
+            return run()
 
         return call
 
-    monkeypatch.setattr(ops, "nasa_attention_packed", spy("warm", ops.nasa_attention_packed))
-    monkeypatch.setattr(nasa_kernel, "chain", spy("eager", nasa_kernel.chain))
+    def spies(*args: Any) -> Any:
+        return {name: spy(name, run) for name, run in right(*args).items()}
+
+    monkeypatch.setattr(calls, "competitors", spies)
     assert kernel("--threads", str(count), "--shapes", "tiny", "--dtype", "fp32") == 0
-    assert seen == {"warm": {count}, "eager": {count}}
+    assert seen == {"warm": {count}, "cold": {count}, "eager": {count}}
 
 
 @pytest.mark.slow
 def test_torch_compile_is_a_competitor(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     arguments = ["--repeats", "1", "--threads", "1", "--json", str(file), "--shapes", "tiny"]
-    assert nasa_kernel.main(arguments) == 0
+    assert nasa_kernel.main([*arguments, "--guidance", ",".join(METHODS)]) == 0
     for row in json.loads(file.read_text())["rows"]:
         assert row["compiled_why"] is None
         assert row["speedup_compiled"] == pytest.approx(row["compiled_ms"] / row["fused_ms"])
@@ -208,7 +351,7 @@ def test_torch_compile_is_a_competitor(tmp_path: Path) -> None:
 def test_a_call_handed_to_eager_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    choice = ops.explain(*nasa_kernel.make_inputs(TINY, "fp32"), nasa_scale=1.0)
+    choice = ops.explain(*calls.make_inputs(TINY, "fp32")[:7], nasa_scale=1.0)
     monkeypatch.setattr(ops, "explain", lambda *_, **__: choice._replace(path="eager", why="small"))
     file = tmp_path / "out.json"
     assert kernel("--threads", "1", "--shapes", "tiny", "--json", str(file)) == 0
@@ -222,6 +365,9 @@ def test_a_call_handed_to_eager_is_named(
     ("arguments", "said"),
     [
         (["--shapes", "sd15"], "unknown shape 'sd15'"),
+        (["--guidance", "cfg"], "unknown guidance 'cfg'; known are nasa, nasa-centred, nag, vsf"),
+        (["--guidance", "nasa,"], "unknown guidance ''"),
+        (["--guidance", "vsf", "--shapes", "sweep"], "sweep is for --guidance nasa alone"),
         (["--threads", "0"], "--threads must be numbers of at least 1"),
         (["--threads", "1,,2"], "--threads must be numbers"),
         (["--threads", "3"], "--threads must be at most 2"),
@@ -296,11 +442,13 @@ def test_tables_of_both_commands(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert nasa_price.main(part) == 0
     assert tables.main([str(first), str(second), "--out", str(page)]) == 0
     text = page.read_text()
-    command = "python -m benchmarks.nasa_kernel --shapes real --dtype both --threads 1"
+    command = (
+        "python -m benchmarks.nasa_kernel --guidance nasa --shapes real --dtype both --threads 1"
+    )
     assert f"\n    {command} --repeats 2 --no-compile\n" in text
     assert str(tmp_path) not in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert sum(line.startswith("| tiny | fp32 | 1 |") for line in rows) == 1
+    assert sum(line.startswith("| tiny | nasa | fp32 | 1 |") for line in rows) == 1
     assert sum(line.startswith("| all 7 layers |") for line in rows) == 1
     assert json.loads(first.read_text())["machine"]["processor"] in text
     capsys.readouterr()
@@ -348,9 +496,37 @@ def test_pairs_are_compared_one_by_one() -> None:
 
 
 def test_plain_is_the_layer_without_a_negative() -> None:
-    x = nasa_kernel.make_inputs(TINY, "fp32")
+    x = calls.make_inputs(TINY, "fp32")
     expected = ops.attention(x.q, x.k_pos, x.v_pos, None, x.w_out, x.b_out)
     torch.testing.assert_close(nasa_price.plain(x), expected)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_both_steps_run_on_the_optimized_network(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = {"nasa": 0, "plain": 0}
+    fused, plain = ops.nasa_attention_packed, CrossAttention._out
+
+    def with_packs(q: Any, pos: Any, neg: Any, out: Any, **kwargs: Any) -> torch.Tensor:
+        assert all(pack.packed is not None for pack in (pos, neg, out))
+        packed["nasa"] += 1
+        return fused(q, pos, neg, out, **kwargs)
+
+    def without_negative(self: CrossAttention, z: torch.Tensor) -> torch.Tensor:
+        assert self._packed_out is not None
+        packed["plain"] += 1
+        return plain(self, z)
+
+    monkeypatch.setattr(CrossAttention, "_out", without_negative)
+    monkeypatch.setattr(ops, "nasa_attention_packed", with_packs)
+    with torch.inference_mode():
+        net = nasa_price.random_network(dtype)
+        nasa_price.measure_step(net, dtype, 1, 2)
+    layers = len(net.cross_attentions())
+    # 2 pairs, 1 to warm up and 1 to check. Without the native op a layer takes plain tensors.
+    assert packed["plain"] == 4 * layers
+    assert packed["nasa"] == (4 * layers if common.NATIVE.loaded else 0)
 
 
 def test_a_step_that_the_negative_does_not_change_stops_it(
