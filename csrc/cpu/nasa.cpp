@@ -246,14 +246,33 @@ Tensor in_type_of(const Tensor& q, const Tensor& x) {
   return x.scalar_type() == q.scalar_type() ? x : x.to(q.scalar_type());
 }
 
+// Runs a call whose texts and formula are set, and projects. The weight is plain [c_out c_in] or
+// packed [bytes].
+Tensor compute(Call& call, const Tensor& q, const OptionalTensor& w_out,
+               const OptionalTensor& b_out, int64_t c_out) {
+  // Precision was decided by the caller; the projection below must not decide again.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  // Packing weights costs about as much as a hundred rows of their product.
+  constexpr int64_t kRowsWorthPacking = 512;
+  if (w_out.has_value() && w_out->dim() == 1) {
+    call.set_projection(*w_out, b_out, c_out);
+  } else if (w_out.has_value() && q.size(0) * q.size(1) >= kRowsWorthPacking &&
+             call.kernel.linear_bytes(w_out->size(0), w_out->size(1)) > 0) {
+    call.set_projection(pack(*w_out, call.type), b_out, w_out->size(0));
+  }
+  const Tensor out = call.result(q);
+  call.run();
+  const Tensor z = in_type_of(q, out);
+  const bool done = !w_out.has_value() || call.attention.w != nullptr;
+  return done ? z : at::linear(z.flatten(2), *w_out, b_out);
+}
+
 Tensor nasa_attention(const Tensor& q, const Tensor& k_pos, const Tensor& v_pos,
                       const Tensor& k_neg, const Tensor& v_neg, const OptionalTensor& w_out,
                       const OptionalTensor& b_out, const OptionalTensor& k_null,
                       const OptionalTensor& v_null, const OptionalTensor& mask_pos,
                       const OptionalTensor& mask_neg, const OptionalTensor& mask_null,
                       const OptionalTensor& strength, double nasa_scale, double softmax_scale) {
-  // Precision was decided by the caller; the projection below must not decide again.
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   Call call(q, softmax_scale);
   call.add_text(pack(k_pos, v_pos, mask_pos, call.type));
   call.add_text(pack(k_neg, v_neg, mask_neg, call.type));
@@ -261,15 +280,7 @@ Tensor nasa_attention(const Tensor& q, const Tensor& k_pos, const Tensor& v_pos,
     call.add_text(pack(*k_null, *v_null, mask_null, call.type));
   }
   call.set_strength(strength, nasa_scale);
-  // Packing the weights costs about as much as a hundred rows of their product.
-  constexpr int64_t kRowsWorthPacking = 512;
-  const bool fused = w_out.has_value() && q.size(0) * q.size(1) >= kRowsWorthPacking &&
-                     call.kernel.linear_bytes(w_out->size(0), w_out->size(1)) > 0;
-  if (fused) call.set_projection(pack(*w_out, call.type), b_out, w_out->size(0));
-  const Tensor out = call.result(q);
-  call.run();
-  const Tensor z = in_type_of(q, out);
-  return fused || !w_out.has_value() ? z : at::linear(z.flatten(2), *w_out, b_out);
+  return compute(call, q, w_out, b_out, 0);
 }
 
 // `kind` and what it needs, as snoopi.ops.guided_attention documents them.
@@ -311,10 +322,7 @@ Tensor guided_attention(const Tensor& q, const Tensor& pos, const Tensor& pos_li
   if (null.has_value() && null_live.has_value()) call.add_text({*null, *null_live, null_n});
   set_formula(call.attention, kind, parameters);
   call.set_strength(strength, scale);
-  if (w_out.has_value()) call.set_projection(*w_out, b_out, c_out);
-  const Tensor out = call.result(q);
-  call.run();
-  return in_type_of(q, out);
+  return compute(call, q, w_out, b_out, c_out);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> twin_attention(const Tensor& q, const Tensor& k_pos,

@@ -299,12 +299,13 @@ def _choose_path(call: _Call, backend: str, nasa_scale: object = None) -> Choice
 
 
 def _guided(call: _Call, out: LinearPack | None, formula: Formula, scale: float) -> Tensor:
-    """The fused op. Texts that are not packed are, but not weights: that pays over many calls."""
+    """The fused op; texts that are not packed are packed here."""
     texts = [t if t.packed is not None else pack_text(*t[:3]) for t in call.texts.values()]
     null = texts[2] if len(texts) > 2 else None
-    packed = out is not None and out.packed is not None and out.weight.dtype == call.q.dtype
-    z = library.guided_op(call.q, texts[0], texts[1], null, out if packed else None, formula, scale)
-    return z if packed else eager.project(z, call.w_out, call.b_out)
+    if out is not None and call.w_out is not out.weight:  # cast: the pack is of another dtype
+        assert call.w_out is not None
+        out = LinearPack(call.w_out, call.b_out)
+    return library.guided_op(call.q, texts[0], texts[1], null, out, formula, scale)
 
 
 def _laid_out(call: _Call) -> bool:

@@ -28,7 +28,7 @@ class TextPack(NamedTuple):
     live: Tensor | None = None
 
     def native(self) -> tuple[Tensor | None, Tensor | None, int]:
-        """The arguments of snoopi::nasa_attention_packed for this text."""
+        """The arguments of snoopi::guided_attention for this text."""
         return self.packed, self.live, self.k.shape[1]
 
 
@@ -42,9 +42,10 @@ class LinearPack(NamedTuple):
     bias: Tensor | None = None
     packed: Tensor | None = None
 
-    def native(self) -> tuple[Tensor | None, Tensor | None, int]:
-        """The arguments of snoopi::nasa_attention_packed for this projection."""
-        return self.packed, self.bias, self.weight.shape[0]
+    def native(self) -> tuple[Tensor, Tensor | None, int]:
+        """The arguments of snoopi::guided_attention for this projection, packed or not."""
+        weight = self.weight if self.packed is None else self.packed
+        return weight, self.bias, self.weight.shape[0]
 
 
 class Formula(NamedTuple):
