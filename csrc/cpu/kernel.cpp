@@ -131,24 +131,45 @@ void store_lse(const Attention& call, int64_t b, int64_t m, int64_t h, int64_t r
   }
 }
 
-// Rows of sum over the texts [begin, end) of weight o, d wide. Whole vectors are stored if `room`.
+// Rows of sum over kTexts texts of weight o, d wide. Whole vectors are stored if `room`.
+template <typename F, int kTexts, typename To>
+void combine_texts(const int* texts, int64_t d, int64_t rows, const Scratch<F>& scratch, To* to,
+                   int64_t to_stride, bool room) {
+  typedef typename F::Acc Acc;
+  constexpr int kW = W<F>;
+  const Acc* o[kTexts + 1];
+  const Acc* weight[kTexts + 1];
+  for (int t = 0; t < kTexts; ++t) o[t] = scratch.o[texts[t]], weight[t] = scratch.weight[texts[t]];
+  const int64_t whole = room ? round_up(d, kW) : d / kW * kW;
+  for (int64_t r = 0; r < rows; ++r, to += to_stride) {
+    const auto sum = [&](int64_t i) {
+      Vec<Acc> z = {};
+#pragma GCC unroll 3
+      for (int t = 0; t < kTexts; ++t) {
+        const Vec<Acc> part = load(o[t] + r * scratch.o_stride + i);
+        z = t == 0 ? part * splat(weight[t][r]) : z + part * splat(weight[t][r]);
+      }
+      return z;
+    };
+    int64_t i = 0;
+    for (; i < whole; i += kW) narrow_store(sum(i), to + i);
+    if (i < d) narrow_store<Acc>(sum(i), to + i, d - i);
+  }
+}
+
+// The same for those of the texts [begin, end) that have a live key.
 template <typename F, typename To>
 void combine(const Attention& call, const bool* live, int begin, int end, int64_t rows,
              const Scratch<F>& scratch, To* to, int64_t to_stride, bool room) {
-  typedef typename F::Acc Acc;
-  constexpr int kW = W<F>;
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < call.d; i += kW) {
-      Vec<Acc> z = {};
-      for (int t = begin; t < end; ++t) {
-        if (!live[t]) continue;
-        const Vec<Acc> o = load(scratch.o[t] + r * scratch.o_stride + i);
-        // The first text starts the sum: adding to zero would turn -0 to 0 and cost an operation.
-        z = t == begin ? o * splat(scratch.weight[t][r]) : z + o * splat(scratch.weight[t][r]);
-      }
-      narrow_store<Acc>(z, to + r * to_stride + i, room ? kW : call.d - i);
-    }
+  int texts[kMaxTexts], count = 0;
+  for (int t = begin; t < end; ++t) {
+    if (live[t]) texts[count++] = t;
   }
+  const auto run = count == 0   ? combine_texts<F, 0, To>
+                   : count == 1 ? combine_texts<F, 1, To>
+                   : count == 2 ? combine_texts<F, 2, To>
+                                : combine_texts<F, 3, To>;
+  run(texts, call.d, rows, scratch, to, to_stride, room);
 }
 
 // One block of rows of one head: attention to every text, combined into z or the outputs.

@@ -278,7 +278,25 @@ def _choose(call: _Call, nasa_scale: float | Tensor, backend: str) -> Choice:
     checks.check_strength(nasa_scale, call.q)
     if not isinstance(nasa_scale, Tensor) and nasa_scale == 0.0:
         return Choice("plain", "the strength is a Python zero: plain attention, bit for bit")
+    if choice.path == "fused" and backend == "auto" and _packing_costs_more(call):
+        why = "packing the texts costs more than it saves on so few queries; pack_text beforehand"
+        return Choice("eager", why)
     return choice
+
+
+def _packing_costs_more(call: _Call) -> bool:
+    """Whether a call is faster as PyTorch ops because its texts are not packed beforehand.
+
+    Measured in fp32 alone, with less than 128 queries for each text and texts of more than 128 K
+    elements; the 16-bit types gain more from the op than packing takes.
+    """
+    if call.q.dtype != torch.float32 or torch.compiler.is_compiling() or _laid_out(call):
+        return False
+    texts = call.texts.values()
+    queries = call.q.shape[0] * call.q.shape[1]
+    elements = sum(text.k.numel() for text in texts)
+    most = max(text.k.shape[0] for text in texts)
+    return queries < 128 * most and elements > most * 2**17
 
 
 def _choose_path(call: _Call, backend: str, nasa_scale: object = None) -> Choice:

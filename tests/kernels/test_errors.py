@@ -87,6 +87,13 @@ def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ops.explain(*args, nasa_scale=1.0).path == "fused"
         choice = ops.explain(inputs.q.requires_grad_(), *inputs.texts, nasa_scale=1.0)
         assert (choice.path, "gradient" in choice.why) == ("eager", True)
+        few, text = torch.zeros(1, 16, 8, 160), torch.zeros(1, 77, 8, 160)
+        choice = ops.explain(few, *[text] * 4, nasa_scale=1.0)
+        assert (choice.path, "pack_text beforehand" in choice.why) == ("eager", True)
+        many = torch.zeros(1, 128, 8, 160)
+        assert ops.explain(many, *[text] * 4, nasa_scale=1.0).path == "fused"
+        half = [x.bfloat16() for x in (few, *[text] * 4)]
+        assert ops.explain(*half, nasa_scale=1.0).path == "fused"
     monkeypatch.setattr(native, "NATIVE", native.Native(False, "it is not built"))
     assert ops.explain(*args, nasa_scale=1.0) == ("eager", "it is not built")
 
