@@ -287,7 +287,7 @@ def _choose(call: _Call, nasa_scale: float | Tensor, backend: str) -> Choice:
 def _packing_costs_more(call: _Call) -> bool:
     """Whether a call is faster as PyTorch ops because its texts are not packed beforehand.
 
-    Measured in fp32 alone, with less than 128 queries for each text and texts of more than 128 K
+    Measured in fp32 alone, with up to 64 queries for each text and texts of more than 128 K
     elements; the 16-bit types gain more from the op than packing takes.
     """
     if call.q.dtype != torch.float32 or torch.compiler.is_compiling() or _laid_out(call):
@@ -296,7 +296,7 @@ def _packing_costs_more(call: _Call) -> bool:
     queries = call.q.shape[0] * call.q.shape[1]
     elements = sum(text.k.numel() for text in texts)
     most = max(text.k.shape[0] for text in texts)
-    return queries < 128 * most and elements > most * 2**17
+    return queries <= 64 * most and elements > most * 2**17
 
 
 def _choose_path(call: _Call, backend: str, nasa_scale: object = None) -> Choice:

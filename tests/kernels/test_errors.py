@@ -90,7 +90,7 @@ def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
         few, text = torch.zeros(1, 16, 8, 160), torch.zeros(1, 77, 8, 160)
         choice = ops.explain(few, *[text] * 4, nasa_scale=1.0)
         assert (choice.path, "pack_text beforehand" in choice.why) == ("eager", True)
-        many = torch.zeros(1, 128, 8, 160)
+        many = torch.zeros(1, 65, 8, 160)
         assert ops.explain(many, *[text] * 4, nasa_scale=1.0).path == "fused"
         half = [x.bfloat16() for x in (few, *[text] * 4)]
         assert ops.explain(*half, nasa_scale=1.0).path == "fused"
