@@ -167,6 +167,11 @@ struct Call {
     TORCH_CHECK(text.live.dim() == 1 && fits(text.live) && text.live.scalar_type() == at::kInt &&
                     text.live.is_contiguous(),
                 "snoopi: live keys must be int32 [b], got ", text.live.sizes());
+    const int32_t* live = text.live.const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < text.live.size(0); ++i) {
+      TORCH_CHECK(live[i] >= 0 && live[i] <= text.n, "snoopi: live keys must be 0 to ", text.n,
+                  ", got ", live[i]);
+    }
     PackedText& to = attention.texts[attention.num_texts++];
     to.data = static_cast<const char*>(keep(text.data).const_data_ptr());
     to.head_stride = size;

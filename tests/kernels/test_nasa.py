@@ -166,6 +166,10 @@ def test_packs_of_another_layout_are_refused() -> None:
     with pytest.raises(RuntimeError, match="a packed text must be"):
         cut = neg._replace(packed=neg.packed[..., :-64].contiguous())
         ops.nasa_attention_packed(inputs.q, pos, cut, out, nasa_scale=0.5)
+    assert neg.live is not None
+    with pytest.raises(RuntimeError, match="live keys must be 0 to 12, got 13"):
+        long = neg._replace(live=neg.live + 1)
+        ops.nasa_attention_packed(inputs.q, pos, long, out, nasa_scale=0.5)
     if out.packed is None:
         return
     with pytest.raises(RuntimeError, match="a packed weight must be"):
