@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from snoopi import ops
 from snoopi.conditioning import Conditioning, TextKV
-from snoopi.guidance import NASA, Guidance, strength, with_strength
+from snoopi.guidance import Guidance, strength, with_strength
 from snoopi.ops import LinearPack, TextPack
 
 
@@ -67,10 +67,8 @@ class CrossAttention(nn.Module):
         if guidance is None or cond.negative is None:
             return self._out(ops.attention(q, pos.k, pos.v, pos.mask))
         neg, out = self._text(cond, 1), self._linear()
-        if isinstance(guidance, NASA):
-            null = self._text(cond, 2) if guidance.centred else None
-            return self._nasa(q, pos, neg, null, out, guidance)
-        z = ops.guided_attention(q, pos, neg, out, guidance)
+        null = self._text(cond, 2) if guidance.needs_null else None
+        z = ops.guided_attention(q, pos, neg, out, guidance, null=null)
         return z if out is not None else self._out(z)
 
     def _text(self, cond: Conditioning, which: int) -> TextPack:
@@ -101,34 +99,6 @@ class CrossAttention(nn.Module):
         if cond.region is not None:
             value = value * _pool(cond.region, size)  # [b m]
         return with_strength(cond.guidance, value)
-
-    def _nasa(
-        self,
-        q: Tensor,
-        pos: TextPack,
-        neg: TextPack,
-        null: TextPack | None,
-        out: LinearPack | None,
-        guidance: NASA,
-    ) -> Tensor:
-        """Eq. 10 and the output projection in one op."""
-        scale = guidance.scale
-        if pos.packed is not None:
-            z = ops.nasa_attention_packed(q, pos, neg, out, null=null, nasa_scale=scale)
-        else:
-            z = ops.nasa_attention(
-                q,
-                *(pos.k, pos.v),
-                *(neg.k, neg.v),
-                *((None, None) if out is None else out[:2]),
-                k_null=None if null is None else null.k,
-                v_null=None if null is None else null.v,
-                mask_pos=pos.mask,
-                mask_neg=neg.mask,
-                mask_null=None if null is None else null.mask,
-                nasa_scale=scale,
-            )
-        return z if out is not None else self._out(z)
 
     def _linear(self) -> LinearPack | None:
         """to_out's weight and bias if the op may take the projection: only from a plain Linear.

@@ -16,6 +16,8 @@ from snoopi.ops.packs import Formula, LinearPack, TextPack, pack_text
 class Guidance(Protocol):
     """What `guided_attention` needs of a guidance; see snoopi.guidance."""
 
+    @property
+    def needs_null(self) -> bool: ...
     def formula(self) -> Formula: ...
     def combine(
         self, z_pos: Tensor, lse_pos: Tensor | None, z_neg: Tensor, lse_neg: Tensor | None
@@ -102,7 +104,8 @@ def nasa_attention_packed(
 ) -> Tensor:
     """`nasa_attention` on texts and an output projection that were packed beforehand.
 
-    For inference, where texts and weights serve many calls. Same shapes, same result.
+    For inference, where texts and weights serve many calls. Same shapes, same result. Containers
+    that hold no native layout are taken as plain tensors.
 
     Raises:
         ValueError: as `nasa_attention`.
@@ -123,21 +126,29 @@ def guided_attention(
     out: LinearPack | None,
     guidance: Guidance,
     *,
+    null: TextPack | None = None,
     softmax_scale: float | None = None,
 ) -> Tensor:
     """Attention to a positive and a negative text, combined by `guidance`, and the projection.
 
-    Shapes as in `nasa_attention`; guidance is a snoopi.guidance.NAG or VSF (or any object with a
-    `formula()` and the same in plain torch, `combine`). Where the fused op runs, texts that are not
-    packed yet are packed here; elsewhere, and where a gradient is wanted, `twin_attention` and
-    `combine` give the same.
+    Shapes as in `nasa_attention`; guidance is a snoopi.guidance.NASA, NAG or VSF (or any object
+    with a `formula()` and the same in plain torch, `combine`). Texts and weights may be packed or
+    not. Where the fused op cannot run, and where a gradient is wanted, NAG and VSF come from
+    `twin_attention` and `combine`, NASA as `nasa_attention` has it.
 
     Raises:
-        ValueError: as `nasa_attention`.
+        ValueError: as `nasa_attention`; a null text that is missing or that nobody reads.
     """
+    formula = guidance.formula()
+    if guidance.needs_null != (null is not None):
+        wanted = "a null text" if guidance.needs_null else "no null text"
+        raise ValueError(f"this {type(guidance).__name__} needs {wanted}, see its `needs_null`")
+    if formula.kind == "nasa":
+        return nasa_attention_packed(
+            q, pos, neg, out, null=null, nasa_scale=formula.strength, softmax_scale=softmax_scale
+        )
     w_out, b_out = (None, None) if out is None else (out.weight, out.bias)
     call = _Call(q, {"_pos": pos, "_neg": neg}, w_out, b_out)
-    formula = guidance.formula()
     checks.check_strength(formula.strength, call.q)
     scale = _softmax_scale(softmax_scale, call.q)
     if _choose_path(call, "auto", formula.strength).path == "fused":

@@ -100,6 +100,18 @@ def test_nasa_by_its_formula_is_nasa_attention() -> None:
     torch.testing.assert_close(got, inputs.packed())
 
 
+def test_the_null_text_is_given_where_it_is_read() -> None:
+    inputs = make(Case(m=33, n=12, d=16, null=True))
+    kwargs = inputs.kwargs
+    null = ops.pack_text(kwargs["k_null"], kwargs["v_null"], kwargs["mask_null"])
+    got = ops.guided_attention(inputs.q, *packs(inputs, True), NASA(1.3, centred=True), null=null)
+    torch.testing.assert_close(got, inputs.packed())
+    with pytest.raises(ValueError, match="NASA needs a null text"):
+        ops.guided_attention(inputs.q, *packs(inputs, True), NASA(1.3, centred=True))
+    with pytest.raises(ValueError, match="VSF needs no null text"):
+        ops.guided_attention(inputs.q, *packs(inputs, True), VSF(1.3), null=null)
+
+
 @pytest.mark.skipif(not NATIVE.loaded, reason=NATIVE.why)
 def test_compiles_as_one_graph_with_the_packing_inside() -> None:
     torch.compiler.reset()
@@ -120,7 +132,7 @@ def test_compiles_as_one_graph_with_the_packing_inside() -> None:
 def test_an_unknown_formula_is_refused() -> None:
     inputs = make(Case())
 
-    class Odd(NASA):
+    class Odd(VSF):
         def formula(self) -> ops.Formula:
             return ops.Formula(1.0, "odd")
 

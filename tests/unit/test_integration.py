@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -519,18 +518,31 @@ def by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Reference:
         attention = staticmethod(ops.attention)
-        nasa_attention = staticmethod(partial(ops.nasa_attention, backend="reference"))
-        twin_attention = staticmethod(partial(ops.twin_attention, backend="reference"))
 
         @staticmethod
         def guided_attention(
-            q: Tensor, pos: TextPack, neg: TextPack, out: LinearPack | None, guidance: Guidance
+            q: Tensor,
+            pos: TextPack,
+            neg: TextPack,
+            out: LinearPack | None,
+            guidance: Guidance,
+            null: TextPack | None,
         ) -> Tensor:
-            twins = Reference.twin_attention(
-                q, pos.k, pos.v, neg.k, neg.v, mask_pos=pos.mask, mask_neg=neg.mask
+            texts, masks = (*pos[:2], *neg[:2]), {"mask_pos": pos.mask, "mask_neg": neg.mask}
+            w, b = (None, None) if out is None else out[:2]
+            if not isinstance(guidance, NASA):
+                twins = ops.twin_attention(q, *texts, **masks, backend="reference")
+                z = guidance.combine(*twins).to(q.dtype)
+                return z if w is None else F.linear(z.flatten(2), w, b)
+            k_null, v_null, mask_null = (None, None, None) if null is None else null[:3]
+            nulls = {"k_null": k_null, "v_null": v_null, "mask_null": mask_null}
+            return ops.nasa_attention(
+                *(q, *texts, w, b),
+                **masks,
+                **nulls,
+                nasa_scale=guidance.scale,
+                backend="reference",
             )
-            z = guidance.combine(*twins).to(q.dtype)
-            return z if out is None else F.linear(z.flatten(2), out.weight, out.bias)
 
     monkeypatch.setattr(attention, "ops", Reference)
 
