@@ -58,12 +58,12 @@ class ExactPair(nn.Module):
         lora.inject(self, ["normals"], RANK, GAMMA)
         self.double().requires_grad_(False)
         self.normals.weight.copy_(self._normals(*DATA))
-        self.normals.lora_a.copy_(torch.eye(RANK))
+        lora.adapters(self)["normals"].lora_a.copy_(torch.eye(RANK))
 
     def follow(self, mean: float, std: float) -> None:
         """The LoRA teacher knows the pictures of the generator mean y + std z."""
         change = self._normals(mean, std).to(self.normals.weight) - self.normals.weight
-        self.normals.lora_b.copy_(change / (GAMMA / RANK))
+        lora.adapters(self)["normals"].lora_b.copy_(change / (GAMMA / RANK))
 
     def _normals(self, mean: float, std: float) -> Tensor:
         """Means and standard deviations of the two normals [4], for each text: [4 2]."""
@@ -77,16 +77,20 @@ class ExactPair(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The best prediction from x_t, x [b 1 1 1], in the schedule's parametrisation."""
-        mean, std = self.normals(cond.tokens[:, 0]).chunk(2, dim=1)  # [b 2] each
-        alpha, sigma = (value.flatten(1) for value in self.schedule.alpha_sigma(t, x))  # [b 1]
-        var = (alpha * std).square() + sigma.square()  # of x_t, [b 2]
-        off = x.flatten(1) - alpha * mean
-        share = torch.softmax(-0.5 * off.square() / var - 0.5 * var.log(), dim=1)
-        # Of one normal: E[eps | x_t] and E[x0 | x_t]. Of both: their mean by posterior share.
-        eps = (share * sigma * off / var).sum(1)
-        x0 = (share * (mean + alpha * std.square() * off / var)).sum(1)
-        v = alpha[:, 0] * eps - sigma[:, 0] * x0
-        return {"eps": eps, "x0": x0, "v": v}[self.schedule.prediction].view_as(x)
+        mean_a, mean_b, std_a, std_b = self.normals(cond.tokens[:, 0]).T  # [b] each
+        alpha, sigma = (value.flatten() for value in self.schedule.alpha_sigma(t, x))  # [b]
+
+        def answer(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+            """Of one normal: the log-density at x_t, and the best prediction."""
+            var = (alpha * std).square() + sigma.square()  # of x_t
+            off = x.flatten() - alpha * mean
+            eps, x0 = sigma * off / var, mean + alpha * std.square() * off / var
+            best = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}
+            return -0.5 * (off.square() / var + var.log()), best[self.schedule.prediction]
+
+        (log_a, best_a), (log_b, best_b) = answer(mean_a, std_a), answer(mean_b, std_b)
+        # The mean of both by their posterior shares.
+        return torch.lerp(best_b, best_a, torch.sigmoid(log_a - log_b)).view_as(x)
 
 
 def texts(batch: int, dtype: torch.dtype = torch.float64) -> tuple[Conditioning, Conditioning]:

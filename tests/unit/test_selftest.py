@@ -39,7 +39,7 @@ def test_fixed_points_are_what_is_known_of_them(report: dict[str, Any]) -> None:
     """Guiding both teachers alike does not move the fixed point; guiding one does."""
     found = {c["name"]: c["found"] for c in report["checks"] if "fixed point" in c["name"]}
     both = [at for name, at in found.items() if "both" in name]
-    one = [at for name, at in found.items() if "only" in name]
+    one = [at for name, at in found.items() if "frozen" in name]
     assert len(both) >= 4 and len(one) >= 4
     assert all(at == pytest.approx([1, 1], abs=1e-6) for at in both)
     assert all(mean > 1.5 and std < 0.8 for mean, std in one)

@@ -211,6 +211,7 @@ def reference(
 
 
 def levels() -> tuple[Tensor, Tensor]:
-    """alpha_t and sigma_t of the preset's schedule: betas linear from 1e-4 to 0.02."""
-    abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    """alpha_t and sigma_t of the preset's schedule, Stable Diffusion's."""
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    abar = torch.cumprod(1 - beta, 0)
     return abar.sqrt(), (1 - abar).sqrt()
