@@ -78,7 +78,7 @@ class Schedule:
         self, prediction: Tensor, x_t: Tensor, t: Tensor, abar: float | None = None
     ) -> Tensor:
         """The clean latent that a prediction at x_t means; fp32 or better. abar: alpha_sigma's."""
-        pred, x_t = _upcast(prediction), _upcast(x_t)
+        pred, x_t = upcast(prediction), upcast(x_t)
         alpha, sigma = self.alpha_sigma(t, x_t, abar)
         if self.prediction == "eps":
             return (x_t - sigma * pred) / alpha
@@ -86,12 +86,13 @@ class Schedule:
 
     def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The noise that a prediction at x_t means; fp32 or better."""
-        pred, x_t = _upcast(prediction), _upcast(x_t)
+        pred, x_t = upcast(prediction), upcast(x_t)
         alpha, sigma = self.alpha_sigma(t, x_t)
         if self.prediction == "x0":
             return (x_t - alpha * pred) / sigma
         return alpha * pred + sigma * x_t if self.prediction == "v" else pred
 
 
-def _upcast(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
+    """x in fp32, or as it is if it is fp64."""
     return x if x.dtype == torch.float64 else x.float()

@@ -11,7 +11,7 @@ from torch import Tensor
 from snoopi.conditioning import Conditioning
 from snoopi.noise import Noise
 from snoopi.samplers import Backbone
-from snoopi.schedule import Schedule
+from snoopi.schedule import Schedule, upcast
 
 Weight = Literal["none", "alpha_bar", "min_snr"]
 
@@ -30,7 +30,7 @@ def denoising_loss(
     In the network's own parametrisation: eps, v or x0. x0, eps [b c h w], t int [b].
     """
     x_t = schedule.add_noise(x0, eps, t)
-    error = net(x_t, t, cond).float() - schedule.target(x0, eps, t)
+    error = upcast(net(x_t, t, cond)) - schedule.target(x0, eps, t)
     return error.square().flatten(1).mean(1) * loss_weight(schedule, t, weight, x0)
 
 

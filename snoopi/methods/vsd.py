@@ -16,13 +16,13 @@ from snoopi import lora
 from snoopi.conditioning import Conditioning, concat
 from snoopi.guidance import cfg
 from snoopi.noise import Noise
-from snoopi.schedule import Schedule
+from snoopi.schedule import Schedule, upcast
 
 Range = tuple[float, float]
 
 
 class TeacherScores(NamedTuple):
-    """Guided predictions of both teachers at x_t, in the network's parametrisation, fp32."""
+    """Guided predictions of both teachers at x_t, as the network predicts; fp32 or better."""
 
     teacher: Tensor
     lora_teacher: Tensor
@@ -70,7 +70,7 @@ def teacher_scores(
     null = null.expand(b)
     texts = concat([cond, null, cond, null])
     with lora.rows(pair, 2 * b):
-        out = pair(x_t.repeat(4, 1, 1, 1), t.repeat(4), texts).float()  # [4b c h w]
+        out = upcast(pair(x_t.repeat(4, 1, 1, 1), t.repeat(4), texts))  # [4b c h w]
     c_psi, u_psi, c_phi, u_phi = out.chunk(4)
     return TeacherScores(cfg(c_psi, u_psi, kappa), cfg(c_phi, u_phi, kappa_lora))
 
@@ -84,8 +84,9 @@ def vsd_gradient(
     weight: Literal["sigma2", "none"] = "sigma2",
     normaliser: Literal["none", "dmd"] = "none",
 ) -> Tensor:
-    """The gradient of the VSD loss with respect to x0: w(t) (eps_psi - eps_phi), fp32 (Eq. 7).
+    """The gradient of the VSD loss with respect to x0: w(t) (eps_psi - eps_phi) (Eq. 7).
 
+    In fp32, or fp64 if x_t and the scores are.
     w = sigma_t^2 (SwiftBrush). The chain rule's alpha_t is left in w, as the paper does.
     normaliser "dmd": divided by the mean over a picture of |x0 - x0_psi| (DMD, Eq. 8).
     Nothing is clamped and no NaN is hidden.
@@ -96,7 +97,7 @@ def vsd_gradient(
     if weight == "sigma2":
         gradient = gradient * schedule.alpha_sigma(t, x_t)[1].square()
     if normaliser == "dmd":
-        distance = (x0.float() - schedule.to_x0(scores.teacher, x_t, t)).abs()
+        distance = (upcast(x0) - schedule.to_x0(scores.teacher, x_t, t)).abs()
         gradient = gradient / distance.flatten(1).mean(1).view(-1, 1, 1, 1)
     return gradient
 
@@ -104,8 +105,9 @@ def vsd_gradient(
 def surrogate(x0: Tensor, gradient: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
     """A loss whose gradient with respect to x0 is `gradient` (per element / elements for "mean").
 
-    0.5 |x0 - stopgrad(x0 - gradient)|^2 over a picture's elements, one number per sample, fp32 [b].
+    0.5 |x0 - stopgrad(x0 - gradient)|^2 over a picture's elements, one number per sample, [b].
+    In fp32, or fp64 if x0 is.
     """
     target = (x0 - gradient).detach()
-    error = 0.5 * (x0.float() - target.float()).square().flatten(1)
+    error = 0.5 * (upcast(x0) - upcast(target)).square().flatten(1)
     return error.mean(1) if reduction == "mean" else error.sum(1)
