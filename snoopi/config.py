@@ -89,6 +89,11 @@ class Data:
         "",
         "file of prompts, .txt (one a line) or .jsonl (key prompt); '': captions of the world",
     )
+    cache: str = _key(
+        "",
+        "folder of text embeddings made by `python -m snoopi.data cache`; '': encode at each step",
+    )
+    negatives: str = _key("", "file of negative prompts, as data.prompts; '': none")
     null: Literal["encoded", "zeros"] = _key(
         "encoded", "the null text: the encoded empty prompt, or zeros"
     )
@@ -276,7 +281,7 @@ class Config:
 
 _DISTIL = (
     *("kappa", "vsd", "lora", "optim.lora"),
-    *("data.prompts", "model.teacher", "model.student_init"),
+    *("data.prompts", "data.cache", "data.negatives", "model.teacher", "model.student_init"),
 )
 # Sections and keys that a method does not read. Setting one is an error: it would change nothing.
 _UNREAD: dict[str, tuple[str, ...]] = {
@@ -549,6 +554,11 @@ def _check_whole(config: Config, sources: Mapping[str, str], recipe: str) -> Non
     if method == "vsd" and not config.model.teacher:
         raise ConfigError(
             f"{recipe}: model.teacher: expected a model folder or the name of a recipe, got ''"
+        )
+    if config.data.cache and not config.data.prompts:
+        source = sources.get("data.cache", recipe)
+        raise ConfigError(
+            f"{source}: data.cache: expected data.prompts beside it, the file that it is of"
         )
     for path, optim in _read_optims(config):
         if optim.warmup >= run.steps:

@@ -8,9 +8,9 @@ pipeline says what is missing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -326,11 +326,14 @@ class Pipeline:
             features.append(getattr(out, text.output))
             mask = mask if read is None else read
             pooled = out.pooled if text.pooled else pooled
-        native = (self.spec.latent_size, self.spec.latent_size)
         tokens = torch.cat(features, dim=-1)
         if self.backbone is not None:  # T5-XXL may be stored in bf16 beside an fp32 backbone
             tokens = tokens.to(self._dtype(self.backbone))
-        return self._sized(Conditioning(tokens, mask, pooled), native)
+        return self.native(Conditioning(tokens, mask, pooled))
+
+    def native(self, cond: Conditioning) -> Conditioning:
+        """A text with the size ids of a native picture, if any are read."""
+        return self._sized(cond, (self.spec.latent_size, self.spec.latent_size))
 
     def _sized(self, cond: Conditioning, latent: Sequence[int]) -> Conditioning:
         """With the size ids [b 6] or [b 3] of a whole picture of latent (h, w), if any are read."""
@@ -343,11 +346,7 @@ class Pipeline:
 
     def null(self) -> Conditioning:
         """The unconditional text, batch 1: the encoded empty prompt, or zeros."""
-        null = self.encode([""])
-        if self.spec.null == "encoded":
-            return null
-        zeros = None if null.pooled is None else torch.zeros_like(null.pooled)
-        return dataclasses.replace(null, tokens=torch.zeros_like(null.tokens), pooled=zeros)
+        return null_text(self.encode([""]), self.spec.null)
 
     def _unconditional(self, negatives: Sequence[str | None]) -> Conditioning:
         """What CFG leads away from: each prompt's negative, the null text where it has none."""
@@ -406,6 +405,14 @@ class Pipeline:
         return {"backbone": self.backbone, "vae": self.vae, **texts}
 
 
+def null_text(empty: Conditioning, kind: Literal["encoded", "zeros"]) -> Conditioning:
+    """The unconditional text of a kind, from the encoded empty prompt."""
+    if kind == "encoded":
+        return empty
+    zeros = None if empty.pooled is None else torch.zeros_like(empty.pooled)
+    return dataclasses.replace(empty, tokens=torch.zeros_like(empty.tokens), pooled=zeros)
+
+
 def read_text(
     text: TextSpec, encoder: Any, tokenizer: Tokenizer, prompts: Sequence[str]
 ) -> tuple[Any, Tensor | None]:
@@ -423,12 +430,14 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     optimize: str = "none",
+    without: Collection[str] = (),
 ) -> Pipeline:
     """A Pipeline from a model folder: memory-mapped safetensors assigned to meta networks.
 
     dtype: None keeps the stored one, but on the CPU reads fp16 as fp32: torch's CPU kernels have
     little fp16, and it would be slower besides. optimize: "none", or "auto" for weights laid out
     for inference (in this version convolutions in channels-last, equal to "none" up to rounding).
+    without: parts that are left out as if their files were absent, for example "text_encoder".
     Raises ValueError for a folder that is not a model folder, or whose files do not fit its
     snoopi.json.
     """
@@ -437,7 +446,10 @@ def load(
     folder = Path(path)
     spec, provenance = read_spec(folder)
     widen = dtype is None and torch.device(device).type == "cpu"
-    parts = {part: load_part(folder, spec, part, dtype, widen) for part in spec.parts()}
+    parts = {
+        part: None if part in without else load_part(folder, spec, part, dtype, widen)
+        for part in spec.parts()
+    }
     tokenizers = [load_tokenizer(folder, spec, i) for i in range(len(spec.text))]
     texts = [parts[text_part(i)] for i in range(len(spec.text))]
     pipeline = Pipeline(spec, parts["backbone"], parts["vae"], texts, tokenizers, provenance)

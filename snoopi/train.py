@@ -29,13 +29,14 @@ import torch
 from snoopi import config as recipes
 from snoopi import parallel, runstate, zoo
 from snoopi.config import Config
-from snoopi.data import PromptList
+from snoopi.data import NegativeList, PromptList, file_digest, unread
 from snoopi.final import OBSERVERS, Observer
-from snoopi.folders import SHIPPED, shipped, shipped_or_path
+from snoopi.folders import SHIPPED, read_spec, shipped, shipped_or_path
 from snoopi.noise import Noise
 from snoopi.pictures import write_atomically
 from snoopi.pipeline import Pipeline, load
 from snoopi.runlog import RunLog, read
+from snoopi.textcache import TextCache, shards_digest
 from snoopi.tokenize import PromptCut
 from snoopi.trainers import Distiller, TeacherTrainer, Trainer, VAETrainer
 
@@ -95,7 +96,7 @@ def _command(options: argparse.Namespace) -> None:
     else:
         group = config.parallel.shard == "always"
         with parallel.session(config.run.device, group) as device, warnings.catch_warnings():
-            warnings.simplefilter("ignore", PromptCut)  # _say_unread has told it
+            warnings.simplefilter("ignore", PromptCut)  # data.unread has told it
             run(config, out, device, resume=options.resume)
 
 
@@ -134,6 +135,8 @@ def _check(config: Config, out: Path, resume: bool) -> None:
     parallel.micro_batches(parallel.slice_of(config.run.batch), config.run.accumulate)
     if config.data.prompts:
         PromptList(config.data.prompts, Noise(config.run.seed))
+    if config.data.negatives:
+        NegativeList(config.data.negatives, Noise(config.run.seed))
     parent = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not parent.is_dir():
         raise ValueError(f"cannot use {out} as a run's folder: {parent} is not a folder")
@@ -169,45 +172,46 @@ def _trainer(config: Config, device: torch.device, source: Path | None) -> Train
     assert source is not None
     init = config.model.student_init
     student = None if init == "teacher" else _load("model.student_init", Path(init))
-    trainer = Distiller(config, device, _load("model.teacher", source), student)
-    if trainer.prompts is not None:
-        _say_unread(trainer.prompts, trainer.teacher)
+    cache = _cache(config, source)
+    teacher = _load("model.teacher", source, texts=cache is None)
+    trainer = Distiller(config, device, teacher, student, cache)
+    for file in filter(None, (trainer.prompts, trainer.negatives)):
+        for line in unread(file, teacher):
+            _say(line)
     return trainer
 
 
-def _load(key: str, folder: Path) -> Pipeline:
-    """A model folder with all that its use needs, in fp32, in which runs keep their weights."""
-    found = load(folder, dtype=torch.float32)
-    texts = [*found.text_encoders, *found.tokenizers]
+def _cache(config: Config, source: Path) -> TextCache | None:
+    """The recipe's cache of text embeddings, if it has one; ValueError if it is another's."""
+    data = config.data
+    if not data.cache:
+        return None
+    negatives = file_digest(data.negatives) if data.negatives else ""
+    return TextCache(data.cache, source, file_digest(data.prompts), negatives)
+
+
+def _load(key: str, folder: Path, texts: bool = True) -> Pipeline:
+    """A model folder with all that its use needs, in fp32, in which runs keep their weights.
+
+    texts: whether its text encoders are needed.
+    """
+    spec, _ = read_spec(folder)
+    without = () if texts else [part for part in spec.parts() if part.startswith("text_encoder")]
+    found = load(folder, dtype=torch.float32, without=without)
+    read = [*found.tokenizers, *(found.text_encoders if texts else ())]
     lacks = {
         "model.vae": {"vae": found.vae is None},
         "model.student_init": {"backbone": found.backbone is None},
         "model.teacher": {
             "backbone": found.backbone is None,
             "vae": found.vae is None,
-            "text encoder or tokenizer": any(part is None for part in texts),
+            "text encoder or tokenizer": any(part is None for part in read),
         },
     }[key]
     missing = [name for name, lacking in lacks.items() if lacking]
     if missing:
         raise ValueError(f"{key}: {folder} has no {', no '.join(missing)}")
     return found
-
-
-def _say_unread(prompts: PromptList, teacher: Pipeline) -> None:
-    """Say once which words of the prompts are not read: unknown ones, and those past the length."""
-    for spec, tokenizer in zip(teacher.spec.text, teacher.tokenizers, strict=True):
-        if tokenizer is None:
-            continue
-        texts = [spec.prepare(text) for text in prompts.prompts]
-        words = sorted({word for text in texts for word in tokenizer.unknown(text)})
-        if words:
-            more = f" and {len(words) - 10} more" if len(words) > 10 else ""
-            _say(f"{prompts.path}: not in the vocabulary: {', '.join(words[:10])}{more}")
-        first = texts[:10_000]  # of millions, a part tells it as well
-        cut = [line for text in first if (line := tokenizer.cut(text)) is not None]
-        if cut:
-            _say(f"{prompts.path}: {len(cut)} of its first {len(first)} prompts: {cut[0]}")
 
 
 def fit(trainer: Trainer, config: Config, out: Path, observer: Observer, *, resume: bool) -> None:
@@ -273,7 +277,8 @@ def _first_step(trainer: Trainer, config: Config, out: Path, resume: bool) -> in
         noted = runstate.noted_config(out, step)
         if noted.startswith(_IDENTITY) and noted != _identity(config):
             raise ValueError(
-                f"{out}: config.toml or the file of data.prompts is another than at step {step}: "
+                f"{out}: config.toml, data.negatives, data.cache or "
+                f"the file of data.prompts is another than at step {step}: "
                 "put it back, or start anew with another --out"
             )
         _say(f"{out}: resumed after step {step}")
@@ -292,9 +297,11 @@ def _save(trainer: Trainer, config: Config, out: Path, done: int) -> None:
 
 def _identity(config: Config) -> str:
     """What a run state notes of its recipe: all that decides the numbers of its steps."""
-    file = config.data.prompts
-    prompts = PromptList(file, Noise(config.run.seed)).digest if file else ""
-    return f"{_IDENTITY}{recipes.identity(config, FREE)}{prompts}"
+    data = config.data
+    digests = "".join(file_digest(path) for path in (data.prompts, data.negatives) if path)
+    if data.cache:
+        digests += shards_digest(Path(data.cache), negatives=bool(data.negatives))
+    return f"{_IDENTITY}{recipes.identity(config, FREE)}{digests}"
 
 
 def _source(config: Config, out: Path, device: torch.device) -> Path | None:

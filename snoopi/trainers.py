@@ -19,16 +19,17 @@ from torch import Tensor, nn
 from snoopi import lora, parallel, zoo
 from snoopi.conditioning import Conditioning
 from snoopi.config import Config, Optim
-from snoopi.data import PromptList
+from snoopi.data import NegativeList, PromptList
 from snoopi.methods.autoencode import autoencoding_loss
 from snoopi.methods.denoise import denoising_loss, draw_timesteps, drop_text
 from snoopi.methods.ema import EMA
 from snoopi.methods.vsd import draw_kappa, surrogate, teacher_scores, vsd_gradient
 from snoopi.models.vae import PatchVAEConfig, VAEConfig
 from snoopi.noise import Noise
-from snoopi.pipeline import Pipeline, read_text
+from snoopi.pipeline import Pipeline, null_text, read_text
 from snoopi.runstate import OptimizerState, trainable
 from snoopi.samplers import one_step
+from snoopi.textcache import TextCache
 from snoopi.worlds.shapes import ShapesWorld
 
 TAIL = 0.3  # share of a run in which a trapezoid's learning rate falls
@@ -52,11 +53,15 @@ class Trainer(Protocol):
 
 
 class Part(NamedTuple):
-    """One accumulation part of a step: global sample indices, and their texts."""
+    """One accumulation part of a step: global sample indices, and their texts.
+
+    negative: a negative prompt for each sample (data.negatives), None without a file of them.
+    """
 
     indices: range
     prompts: list[str]
     cond: Conditioning
+    negative: Conditioning | None = None
 
 
 def lr_factor(optim: Optim, step: int, steps: int) -> float:
@@ -281,11 +286,15 @@ class Distiller:
         device: torch.device,
         teacher: Pipeline,
         student: Pipeline | None = None,
+        cache: TextCache | None = None,
     ) -> None:
         self.config, self.device = config, device
         self.noise, self.world = Noise(config.run.seed), ShapesWorld()
         file = config.data.prompts
         self.prompts = PromptList(file, self.noise) if file else None
+        file = config.data.negatives
+        self.negatives = NegativeList(file, self.noise) if file else None
+        self.cache = cache  # in place of the teacher's text encoders, which may be absent then
         self.teacher = teacher.to(device)
         frozen, teacher.backbone = teacher.backbone, None  # becomes the pair: no third copy
         if frozen is None:
@@ -312,6 +321,8 @@ class Distiller:
             self.null = self._null()
 
     def _null(self) -> Conditioning:
+        if self.cache is not None:
+            return null_text(self._cached("null", [0]), self.spec.null)
         return Pipeline(
             self.spec,
             text_encoders=self.teacher.text_encoders,
@@ -331,14 +342,35 @@ class Distiller:
 
     @torch.no_grad()
     def _part(self, step: int, indices: range) -> Part:
-        prompts = self._prompts(step, indices)
-        return Part(indices, prompts, self.teacher.encode(prompts))
+        prompts, negatives = self._prompts(step, indices), self._negatives(step, indices)
+        if self.cache is None:
+            negative = self.teacher.encode(negatives) if negatives else None
+            return Part(indices, prompts, self.teacher.encode(prompts), negative)
+        assert self.prompts is not None  # Config has seen to it
+        rows = self.prompts.rows(step, self.config.run.batch, indices)
+        negative = None
+        if self.negatives is not None:
+            negative = self._cached("negatives", self.negatives.rows(step, indices))
+        return Part(indices, prompts, self._cached("prompts", rows), negative)
+
+    def _cached(self, kind: str, rows: Sequence[int]) -> Conditioning:
+        assert self.cache is not None
+        found = self.cache.read(kind, rows).map(lambda x: x.to(self.device))
+        return self.teacher.native(found)
 
     def _prompts(self, step: int, indices: range) -> list[str]:
         """Prompts of a step: of the recipe's file, or captions of the world."""
         if self.prompts is not None:
             return self.prompts.batch(step, self.config.run.batch, indices)
         return self.world.prompts(self.noise, stream="prompts", step=step, indices=indices)
+
+    def _negatives(self, step: int, indices: Sequence[int]) -> list[str]:
+        """Negative prompts of a step, [] without a file of them."""
+        return [] if self.negatives is None else self.negatives.batch(step, indices)
+
+    def _text_encoders(self) -> Sequence[nn.Module | None]:
+        """The teacher's, read from its folder where the cache stands in for them."""
+        return self.teacher.text_encoders if self.cache is None else self.cache.encoders()
 
     def _update_student(
         self, step: int, parts: Sequence[Part]
@@ -417,7 +449,7 @@ class Distiller:
         if not parallel.is_main():
             return None
         teacher = self.teacher
-        others = [teacher.vae, *teacher.text_encoders]
+        others = [teacher.vae, *self._text_encoders()]
         vae, *texts = (copy.deepcopy(net).cpu() if net is not None else None for net in others)
         return Pipeline(self.spec, net, vae, texts, teacher.tokenizers)
 
@@ -428,8 +460,9 @@ class Distiller:
         kappa, kappa_lora = (
             [round(k, 4) for k in ks.tolist()] for ks in self._kappa(step, indices)
         )
-        prompts = self._prompts(step, indices)
-        return f"t = {t}, kappa = {kappa}, kappa_lora = {kappa_lora}, prompts = {prompts}"
+        prompts, negatives = self._prompts(step, indices), self._negatives(step, indices)
+        away = f", negatives = {negatives}" if negatives else ""
+        return f"t = {t}, kappa = {kappa}, kappa_lora = {kappa_lora}, prompts = {prompts}{away}"
 
 
 def _check_vae(vae: VAEConfig | PatchVAEConfig, spec: zoo.ModelSpec, world: ShapesWorld) -> None:

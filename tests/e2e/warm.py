@@ -16,6 +16,7 @@ import sys
 import traceback
 from typing import Any
 
+import snoopi.data
 import snoopi.generate
 import snoopi.train
 import snoopi.zoo

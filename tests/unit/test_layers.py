@@ -21,7 +21,7 @@ LAYERS = (
     {"models"},
     {"zoo", "tokenize", "samplers"},
     {"folders"},
-    {"pipeline", "optimize", "methods", "worlds"},
+    {"pipeline", "optimize", "methods", "worlds", "textcache"},
     {"evaluate", "report", "parallel", "data", "runstate", "runlog", "config"},
     {"trainers", "final"},
     {"train", "generate", "evaluate.__main__", "reproduce", "selftest"},
