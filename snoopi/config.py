@@ -599,6 +599,12 @@ def _check_whole(config: Config, sources: Mapping[str, str], recipe: str) -> Non
             f"{recipe}: model.teacher: expected a model folder or the name of a recipe, got ''"
         )
     _check_clip_loss(config, sources, recipe)
+    aware, own = config.nasa_train.alpha[1] > 0, config.data.prompts
+    if aware and own and not getattr(config.data, "negatives", ""):  # the world has its own
+        source = sources.get("nasa_train.alpha", recipe)
+        raise ConfigError(
+            f"{source}: nasa_train.alpha: expected negative prompts beside data.prompts, got none"
+        )
     for path, optim in _read_optims(config):
         if optim.warmup >= run.steps:
             source = sources.get(f"{path}.warmup", recipe)

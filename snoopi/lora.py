@@ -78,19 +78,14 @@ class LoRAConv2d(_Adapter, nn.Conv2d):
 
 
 def inject(
-    net: nn.Module,
-    targets: Sequence[str],
-    rank: int,
-    gamma: float,
-    noise: Noise | None = None,
-    stream: str = "init",
+    net: nn.Module, targets: Sequence[str], rank: int, gamma: float, noise: Noise | None = None
 ) -> list[str]:
     """Give each Linear and Conv2d whose name matches a pattern an adapter; returns their names.
 
     targets: module names, or glob patterns over the dotted name ("*.to_q", "*.attn2.to_*", "*").
     The multiplier is gamma / rank. The base weights stop requiring gradients; `lora_a` is
-    initialised from `noise` (`stream` and the module's name), kaiming-uniform as in the LoRA code;
-    `lora_b` is zero. ValueError: a pattern that matches nothing, a grouped convolution.
+    initialised from `noise` (stream "init", keyed by the module's name), kaiming-uniform as in the
+    LoRA code; `lora_b` is zero. ValueError: a pattern that matches nothing, a grouped convolution.
     """
     if rank < 1:
         raise ValueError(f"LoRA rank must be at least 1, got {rank}")
@@ -103,7 +98,7 @@ def inject(
     net.requires_grad_(False)
     names = [name for name in layers if name in chosen]
     for name in names:
-        _adopt(layers[name], name, rank, gamma / rank, noise or Noise(0), stream)
+        _adopt(layers[name], name, rank, gamma / rank, noise or Noise(0))
     return names
 
 
@@ -112,15 +107,13 @@ def _matches(name: str, target: str) -> bool:
     return fnmatch(name, target) or fnmatch(name, f"*.{target}")
 
 
-def _adopt(
-    layer: nn.Module, name: str, rank: int, multiplier: float, noise: Noise, stream: str
-) -> None:
+def _adopt(layer: nn.Module, name: str, rank: int, multiplier: float, noise: Noise) -> None:
     """Give a layer a random first factor and a second one of zeros."""
     weight: nn.Parameter = layer.weight  # type: ignore[assignment]
     shape_a = (rank, *weight.shape[1:])
     shape_b = (weight.shape[0], rank, *(1 for _ in weight.shape[2:]))
     bound = 1 / math.sqrt(math.prod(shape_a[1:]))  # kaiming_uniform_ with a = sqrt(5)
-    init = noise.uniform(f"{stream} {name}", 0, [0], -bound, bound, shape_a)[0]
+    init = noise.uniform(f"init {name}", 0, [0], -bound, bound, shape_a)[0]
     a = init.to(weight.device, torch.float32)
     attach(layer, name, a, torch.zeros(shape_b, device=weight.device), multiplier)
 

@@ -59,7 +59,7 @@ class Trainer(Protocol):
 class Part(NamedTuple):
     """One accumulation part of a step: global sample indices, and their texts.
 
-    negative: what to steer away from, where training is aware of it (nasa_train).
+    negative: a negative prompt for each sample, None where there are none.
     """
 
     indices: range
@@ -310,8 +310,8 @@ class Distiller:
             raise ValueError("model.student_init: its backbone must have the teacher's sizes")
         start = copy.deepcopy(start).requires_grad_(True).train()
         if config.model.student == "lora":
-            own = config.student_lora  # first factors of its own, not the LoRA teacher's
-            lora.inject(start, own.targets, own.rank, own.gamma, self.noise, "init student")
+            own = config.student_lora
+            lora.inject(start, own.targets, own.rank, own.gamma, self.noise)
         self.student = _spread(start, config, device)
         lora.inject(frozen, config.lora.targets, config.lora.rank, config.lora.gamma, self.noise)
         self.pair = _spread(frozen, config, device)
@@ -352,14 +352,14 @@ class Distiller:
 
     @torch.no_grad()
     def _part(self, step: int, indices: range) -> Part:
-        prompts = self._prompts(step, indices)
-        negative = None
-        if self.config.nasa_train.alpha[1]:
-            negative = self.teacher.encode(self._negatives(step, indices))
+        prompts, negatives = self._prompts(step, indices), self._negatives(step, indices)
+        negative = self.teacher.encode(negatives) if negatives else None
         return Part(indices, prompts, self.teacher.encode(prompts), negative)
 
-    def _negatives(self, step: int, indices: range) -> list[str]:
-        """Negative prompts of a step: bare words of the world."""
+    def _negatives(self, step: int, indices: Sequence[int]) -> list[str]:
+        """Negative prompts of a step: bare words of the world under NASA-T, else []."""
+        if not self.aware:
+            return []
         words = [
             self.world.bare_word(attribute, value)
             for attribute, names in self.world.attributes.items()
@@ -367,6 +367,11 @@ class Distiller:
         ]
         chosen = self.noise.integers("negatives", step, indices, 0, len(words))
         return [words[i] for i in chosen.tolist()]
+
+    @property
+    def aware(self) -> bool:
+        """Whether training is negative-aware (NASA-T)."""
+        return self.config.nasa_train.alpha[1] > 0
 
     def _prompts(self, step: int, indices: range) -> list[str]:
         """Prompts of a step: of the recipe's file, or captions of the world."""
@@ -407,7 +412,7 @@ class Distiller:
 
     def _student_text(self, step: int, part: Part) -> Conditioning:
         """What the student reads: the prompt, under NASA-T with NASA of a drawn strength beside."""
-        if part.negative is None:
+        if not self.aware:
             return part.cond
         alpha = self._alpha(step, part.indices).view(-1, 1, 1)  # [b 1 1]: one for all of a picture
         return dataclasses.replace(
@@ -430,16 +435,16 @@ class Distiller:
         found = clip.loss(part.prompts, x0, config.tau, run.dtype)
         pull = weight * found.gradient
         elements = x0[0].numel() if self.config.vsd.surrogate == "mean" else 1
-        vsd_norm = gradient.flatten(1).norm(dim=1).mean() / elements
-        clip_norm = pull.flatten(1).norm(dim=1).mean()
+        vsd_norm = gradient.flatten(1).norm(dim=1) / elements  # [b]
+        clip_norm = pull.flatten(1).norm(dim=1)
         figures = {
             "clip_weight": x0.new_tensor(weight),
             "loss_clip": found.loss.mean(),
             "clip_cosine": found.cosine.mean(),
-            "grad_x0_vsd": vsd_norm,
-            "grad_x0_clip": clip_norm,
-            # Not their ratio: VSD's is 0 while the adapters are, CLIP's where all are above tau.
-            "clip_share": clip_norm / (clip_norm + vsd_norm).clamp(min=1e-30),
+            "grad_x0_vsd": vsd_norm.mean(),
+            "grad_x0_clip": clip_norm.mean(),
+            # Not their ratio: VSD's is 0 while the adapters are, CLIP's where one is above tau.
+            "clip_share": (clip_norm / (clip_norm + vsd_norm).clamp(min=1e-30)).mean(),
         }
         return (x0 * pull).flatten(1).sum(1).mean(), figures
 
@@ -450,8 +455,9 @@ class Distiller:
         x_t = self.schedule.add_noise(x0, self._normal("eps", step, part.indices), t)
         kappa, kappa_lora = self._kappa(step, part.indices)
         with parallel.autocast(self.device, self.config.run.dtype):
+            away = part.negative if self.aware else None  # the frozen teacher's null text (Eq. 5)
             scores = teacher_scores(
-                self.pair, x_t, t, part.cond, self.null, kappa, kappa_lora, part.negative
+                self.pair, x_t, t, part.cond, self.null, kappa, kappa_lora, negative=away
             )
         gradient = vsd_gradient(self.schedule, scores, x0, x_t, t, vsd.weight, vsd.normaliser)
         # Means over samples, so that parts and ranks add up to the figure of the whole batch.
@@ -516,12 +522,11 @@ class Distiller:
         kappa, kappa_lora = (
             [round(k, 4) for k in ks.tolist()] for ks in self._kappa(step, indices)
         )
-        prompts = self._prompts(step, indices)
-        text = f"t = {t}, kappa = {kappa}, kappa_lora = {kappa_lora}, prompts = {prompts}"
-        if not self.config.nasa_train.alpha[1]:
-            return text
-        alpha = [round(a, 4) for a in self._alpha(step, indices).tolist()]
-        return f"{text}, alpha = {alpha}, negatives = {self._negatives(step, indices)}"
+        prompts, negatives = self._prompts(step, indices), self._negatives(step, indices)
+        away = f", negatives = {negatives}" if negatives else ""
+        if self.aware:
+            away += f", alpha = {[round(a, 4) for a in self._alpha(step, indices).tolist()]}"
+        return f"t = {t}, kappa = {kappa}, kappa_lora = {kappa_lora}, prompts = {prompts}{away}"
 
 
 class ClipNetworks(NamedTuple):

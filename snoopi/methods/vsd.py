@@ -59,6 +59,7 @@ def teacher_scores(
     null: Conditioning,
     kappa: Tensor,
     kappa_lora: Tensor,
+    *,
     negative: Conditioning | None = None,
 ) -> TeacherScores:
     """Both teachers' guided predictions from one call on 4b rows (Eq. 4 for each).

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from snoopi.pipeline import Pipeline
 from snoopi.tokenize import Tokenizer
 from snoopi.zoo import ModelSpec, ToolSpec
 
+ROOT = Path(snoopi.__file__).parents[1]
 PROMPTS = ("a red fox in the snow", "two boats", "the sea at night", "a cup of tea", "an owl")
 WORDS = sorted({word for prompt in PROMPTS for word in prompt.split()})
 TOKENIZER = Tokenizer.words(WORDS, 8)
@@ -36,7 +40,17 @@ RECIPES = {
     "pgsb_pixart_t999": "pixart-512",
     "pgsb_sdxl": "sdxl",
 }
-SLOW = ("pgsb_sd15", "swiftbrush_sd21", "pgsb_pixart_t999")
+SLOW = ("pgsb_sd15", "swiftbrush_sd21", "pgsb_sdxl")
+SMALL = [
+    *("run.batch=2", "run.steps=3", "run.log=1", "run.save=3", "lora.rank=2"),
+    *("student_lora.rank=2", "clip_loss.tau=1", "data.dropout=0.5"),
+]
+
+
+def figures(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run, without its speed."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in row if key != "images_per_s"} for row in rows]
 
 
 def shrunk(name: str) -> ModelSpec:
@@ -121,10 +135,8 @@ def test_three_steps(
     """As a user runs it, from the folder with models/ and prompts.txt; smaller and shorter."""
     monkeypatch.chdir(models)
     recipe = config.load(name)
-    words = [name, "run.batch=2", "run.steps=3", "run.log=1", "lora.rank=2", "run.save=3"]
-    words += ["student_lora.rank=2", "clip_loss.tau=1", "data.dropout=0.5"]
-    assert train.main([*words, "--out", str(tmp_path / "run")]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert train.main([name, *SMALL, "--out", str(tmp_path / "run")]) == 0
+    rows = figures(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(math.isfinite(value) for row in rows for value in row.values())
     low, high = recipe.kappa.teacher
@@ -151,6 +163,27 @@ def test_three_steps(
     else:
         assert len(changed) > 0.9 * len(before)
     assert "snoopi.train" not in capsys.readouterr().err  # no complaint
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_process(models: Path, tmp_path: Path) -> None:
+    """A sharded LoRA student with the CLIP loss; its merged folder, too."""
+    words = ["-m", "snoopi.train", "sbv2_sd21", *SMALL, "run.dtype=fp32", "--out"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for ranks in (1, 2):
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+        command = [sys.executable, *launcher, *words, str(tmp_path / f"on{ranks}")]
+        done = subprocess.run(command, cwd=models, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, two = (figures(tmp_path / f"on{ranks}") for ranks in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        assert all(b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-7) for key in a)
+    nets = (snoopi.load(tmp_path / f"on{ranks}/model").backbone for ranks in (1, 2))
+    states = [net.state_dict() for net in nets if net is not None]
+    assert len(states) == 2 and states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", RECIPES)
