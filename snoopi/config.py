@@ -78,6 +78,9 @@ class Model:
     student_init: str = _key(
         "teacher", "'teacher' copies the teacher, else a model folder (method vsd)"
     )
+    student: Literal["full", "lora"] = _key(
+        "full", "what of the student trains: every weight, or adapters beside them (student_lora)"
+    )
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,9 @@ class Vsd:
     """The VSD gradient and its surrogate loss."""
 
     student_t: int = _key(999, "timestep of the student's only call", low=0, high=999)
+    every: int = _key(
+        1, "steps for each update of the student; the LoRA teacher is updated at each", low=1
+    )
     t: tuple[int, int] = _key(
         (20, 981), "the teachers' timesteps [low, high)", low=0, high=1000, span="half-open"
     )
@@ -152,6 +158,45 @@ class Lora:
     loss_weight: Literal["none", "alpha_bar"] = _key("none", "weight of its noise-prediction loss")
     updates_per_step: int = _key(
         1, "updates of the LoRA teacher for each update of the student", low=1
+    )
+
+
+@dataclass(frozen=True)
+class StudentLora:
+    """The adapters of model.student = "lora"; the defaults are SwiftBrush v2's."""
+
+    rank: int = _key(256, "rank of the student's adapters", low=1)
+    gamma: float = _key(512.0, "numerator of their multiplier gamma / rank", above=0)
+    targets: tuple[str, ...] = _key(
+        ("to_q", "to_k", "to_v"), "endings of the names of the layers that get an adapter"
+    )
+
+
+@dataclass(frozen=True)
+class ClipLoss:
+    """The clamped CLIP loss beside VSD (SwiftBrush v2; SNOOPI Sec. 8)."""
+
+    weight: float = _key(0.0, "weight at the first step; 0 switches the loss off", low=0)
+    tau: float = _key(0.37, "cosine of picture and prompt above which it is 0", low=-1, high=1)
+    schedule: Literal["constant", "linear"] = _key(
+        "linear", "course of the weight; linear: to 0 over the run"
+    )
+    model: str = _key("", "folder of tools with a CLIP: image encoder, text encoder, tokenizer")
+    decoder: Literal["vae", "taesd"] = _key(
+        "vae", "what makes pictures of x0: the teacher's VAE, or a TAESD (less memory and time)"
+    )
+    taesd: str = _key("", "folder of tools with a TAESD")
+
+
+@dataclass(frozen=True)
+class NasaTrain:
+    """Negative-aware training: the student runs with NASA on."""
+
+    alpha: tuple[float, float] = _key(
+        (0.0, 0.0),
+        "range of NASA's strength, drawn for each picture; [0, 0]: off",
+        low=0,
+        span="closed",
     )
 
 
@@ -273,6 +318,9 @@ class Config:
     kappa: Kappa = field(default_factory=Kappa)
     vsd: Vsd = field(default_factory=Vsd)
     lora: Lora = field(default_factory=Lora)
+    student_lora: StudentLora = field(default_factory=StudentLora)
+    clip_loss: ClipLoss = field(default_factory=ClipLoss)
+    nasa_train: NasaTrain = field(default_factory=NasaTrain)
     optim: Optims = field(default_factory=Optims)
     ema: Ema = field(default_factory=Ema)
     parallel: Parallel = field(default_factory=Parallel)
@@ -280,8 +328,9 @@ class Config:
 
 
 _DISTIL = (
-    *("kappa", "vsd", "lora", "optim.lora"),
-    *("data.prompts", "data.cache", "data.negatives", "model.teacher", "model.student_init"),
+    *("kappa", "vsd", "lora", "student_lora", "clip_loss", "nasa_train", "optim.lora"),
+    *("data.prompts", "data.cache", "data.negatives"),
+    *("model.teacher", "model.student_init", "model.student"),
 )
 # Sections and keys that a method does not read. Setting one is an error: it would change nothing.
 _UNREAD: dict[str, tuple[str, ...]] = {
@@ -560,12 +609,31 @@ def _check_whole(config: Config, sources: Mapping[str, str], recipe: str) -> Non
         raise ConfigError(
             f"{source}: data.cache: expected data.prompts beside it, the file that it is of"
         )
+    _check_clip_loss(config, sources, recipe)
+    aware, own = config.nasa_train.alpha[1] > 0, config.data.prompts
+    if aware and own and not config.data.negatives:  # the world has its own
+        source = sources.get("nasa_train.alpha", recipe)
+        raise ConfigError(
+            f"{source}: nasa_train.alpha: expected data.negatives beside data.prompts, got none"
+        )
     for path, optim in _read_optims(config):
         if optim.warmup >= run.steps:
             source = sources.get(f"{path}.warmup", recipe)
             raise ConfigError(
                 f"{source}: {path}.warmup: expected less than run.steps = {run.steps}, "
                 f"got {optim.warmup}"
+            )
+
+
+def _check_clip_loss(config: Config, sources: Mapping[str, str], recipe: str) -> None:
+    """A CLIP loss that is on needs its networks. Raises ConfigError."""
+    clip = config.clip_loss
+    needed = {"model": ("a CLIP", clip.model), "taesd": ("a TAESD", clip.taesd)}
+    for name, (what, folder) in needed.items():
+        if clip.weight and not folder and name in ("model", clip.decoder):
+            source = sources.get(f"clip_loss.{name}", recipe)
+            raise ConfigError(
+                f"{source}: clip_loss.{name}: expected a folder of tools with {what}, got ''"
             )
 
 

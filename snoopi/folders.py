@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from snoopi.errors import writing
 from snoopi.tokenize import Tokenizer
-from snoopi.zoo import ModelSpec, ToolSpec, build
+from snoopi.zoo import ModelSpec, ToolSpec, build, text_part
 
 SPEC_FILE = "snoopi.json"
 SHIPPED = Path(__file__).parent / "shipped"  # model folders that come with the package
@@ -146,6 +146,30 @@ def load_tools(
     return found
 
 
+class Clip(NamedTuple):
+    """A whole CLIP: both towers and the tokenizer of the text's."""
+
+    image_encoder: Any
+    text_encoder: Any
+    tokenizer: Tokenizer
+
+
+def load_clip(path: str | Path, device: str | torch.device = "cpu") -> Clip:
+    """A CLIP from a folder of tools, in fp32, in eval mode and frozen.
+
+    Raises ValueError for a folder of another kind, or that lacks a part.
+    """
+    folder = Path(path)
+    spec, _ = read_tools(folder)
+    nets = load_tools(folder, str(device), torch.float32)
+    parts = ("image_encoder", "text_encoder")
+    missing = [part for part in parts if part not in nets]
+    tokenizer = None if missing else load_tokenizer(folder, spec, 0)
+    if tokenizer is None:
+        raise ValueError(f"{folder} has no {', no '.join(missing or ['tokenizer'])}: not a CLIP")
+    return Clip(nets["image_encoder"], nets["text_encoder"], tokenizer)
+
+
 def load_part(
     folder: Path, spec: ModelSpec | ToolSpec, part: str, dtype: torch.dtype | None, widen: bool
 ) -> nn.Module | None:
@@ -199,12 +223,12 @@ def load_weights(
     return net
 
 
-def load_tokenizer(folder: Path, spec: ModelSpec, index: int) -> Tokenizer | None:
+def load_tokenizer(folder: Path, spec: ModelSpec | ToolSpec, index: int) -> Tokenizer | None:
     """The tokenizer of a text encoder, None where it is absent; ValueError if it does not fit."""
     path = folder / tokenizer_folder(index)
     if not path.is_dir():
         return None
-    found, encoder = Tokenizer.load(path), spec.text[index].config
+    found, encoder = Tokenizer.load(path), spec.parts()[text_part(index)]
     ids = found.tokenizer.get_vocab().values()  # not its size: a file may leave numbers out
     sizes = (1 + max(ids, default=0), found.max_length)
     if sizes[0] > encoder.vocabulary or sizes[1] > encoder.length:

@@ -9,7 +9,7 @@ is the frozen teacher on its first r rows and the LoRA teacher on the rest.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 
@@ -171,6 +171,23 @@ def rows(net: nn.Module, first_row: int) -> Iterator[None]:
 def merge(net: nn.Module) -> None:
     """Add every adapter to its base weight and remove it: W + (gamma / rank) B A."""
     _remove(net, lambda layer: layer._base().add_(layer.delta_weight().to(layer._base().dtype)))
+
+
+@torch.no_grad()
+def merged(net: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`merge` of a state dict of `net` (whole, or an average of it), without touching either.
+
+    The names are those of the network without adapters; base weights are summed in fp32.
+    """
+    out = {name: value for name, value in state.items() if not name.endswith(SUFFIXES)}
+    if len(out) == len(state):
+        return out
+    for name, layer in adapters(net).items():
+        base = state[f"{name}.weight"]
+        a, b = (state[f"{name}.{suffix}"].float().flatten(1) for suffix in SUFFIXES)
+        delta = layer.multiplier * (b @ a).view(base.shape)
+        out[f"{name}.weight"] = (base.float() + delta).to(base.dtype)
+    return out
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,7 +22,10 @@ from snoopi import lora, parallel, zoo
 from snoopi.conditioning import Conditioning
 from snoopi.config import Config, Optim
 from snoopi.data import NegativeList, PromptList
+from snoopi.folders import Clip, load_clip, load_tools
+from snoopi.guidance import NASA
 from snoopi.methods.autoencode import autoencoding_loss
+from snoopi.methods.clip_loss import ClipLoss, Decoder, clip_loss, text_embeddings
 from snoopi.methods.denoise import denoising_loss, draw_timesteps, drop_text
 from snoopi.methods.ema import EMA
 from snoopi.methods.vsd import draw_kappa, surrogate, teacher_scores, vsd_gradient
@@ -55,7 +60,7 @@ class Trainer(Protocol):
 class Part(NamedTuple):
     """One accumulation part of a step: global sample indices, and their texts.
 
-    negative: a negative prompt for each sample (data.negatives), None without a file of them.
+    negative: a negative prompt for each sample, None where there are none.
     """
 
     indices: range
@@ -309,6 +314,9 @@ class Distiller:
         if start is None or start.config != frozen.config:
             raise ValueError("model.student_init: its backbone must have the teacher's sizes")
         start = copy.deepcopy(start).requires_grad_(True).train()
+        if config.model.student == "lora":
+            own = config.student_lora
+            lora.inject(start, own.targets, own.rank, own.gamma, self.noise)
         self.student = _spread(start, config, device)
         lora.inject(frozen, config.lora.targets, config.lora.rank, config.lora.gamma, self.noise)
         self.pair = _spread(frozen, config, device)
@@ -317,6 +325,9 @@ class Distiller:
         updates = run.steps * config.lora.updates_per_step
         self.lora_optimizer = Optimizer(config.optim.lora, updates, pair=self.pair)
         self.average = EMA(self.student, config.ema.decay, _dtype(config))
+        self.clip = (
+            ClipNetworks.load(config, device, teacher.vae) if config.clip_loss.weight else None
+        )
         with torch.no_grad():
             self.null = self._null()
 
@@ -330,14 +341,20 @@ class Distiller:
         ).null()
 
     def step(self, step: int) -> dict[str, Any]:
-        """The student follows the teachers' difference, then the LoRA teacher the student."""
+        """The student follows the teachers' difference, then the LoRA teacher the student.
+
+        With vsd.every = k only each k-th step updates the student (two time scales, DMD2).
+        """
         parts = [self._part(step, indices) for indices in _parts(self.config)]
-        x0, row = self._update_student(step, parts)
+        every = self.config.vsd.every
+        turn = (step + 1) % every == 0
+        x0, row = self._update_student(step, parts) if turn else (self._pictures(step, parts), {})
         updates = self.config.lora.updates_per_step
         rows = [self._update_lora(step * updates + i, parts, x0) for i in range(updates)]
         # Means, not the last: a figure that is not finite shows, whichever update it is of.
         row |= {name: sum(each[name] for each in rows) / updates for name in rows[0]}
-        self.average.update(self.student, step)
+        if turn:
+            self.average.update(self.student, step // every)
         return row
 
     @torch.no_grad()
@@ -358,6 +375,11 @@ class Distiller:
         found = self.cache.read(kind, rows).map(lambda x: x.to(self.device))
         return self.teacher.native(found)
 
+    @property
+    def aware(self) -> bool:
+        """Whether training is negative-aware (NASA-T)."""
+        return self.config.nasa_train.alpha[1] > 0
+
     def _prompts(self, step: int, indices: range) -> list[str]:
         """Prompts of a step: of the recipe's file, or captions of the world."""
         if self.prompts is not None:
@@ -365,8 +387,19 @@ class Distiller:
         return self.world.prompts(self.noise, stream="prompts", step=step, indices=indices)
 
     def _negatives(self, step: int, indices: Sequence[int]) -> list[str]:
-        """Negative prompts of a step, [] without a file of them."""
-        return [] if self.negatives is None else self.negatives.batch(step, indices)
+        """Negative prompts of a step: of the recipe's file; else, under NASA-T, words of the world;
+        [] where nothing asks for them."""
+        if self.negatives is not None:
+            return self.negatives.batch(step, indices)
+        if not self.aware:
+            return []
+        words = [
+            self.world.bare_word(attribute, value)
+            for attribute, names in self.world.attributes.items()
+            for value in range(len(names))
+        ]
+        chosen = self.noise.integers("negatives", step, indices, 0, len(words))
+        return [words[i] for i in chosen.tolist()]
 
     def _text_encoders(self) -> Sequence[nn.Module | None]:
         """The teacher's, read from its folder where the cache stands in for them."""
@@ -378,17 +411,68 @@ class Distiller:
         """x0 = f(z, y), g = w(t) (eps_psi - eps_phi), and one update along g (Eq. 7)."""
         pictures, rows = [], []
         for part, last in _with_last(parts):
-            z = self._normal("z", step, part.indices)
-            with parallel.autocast(self.device, self.config.run.dtype):
-                x0 = one_step(self.student, self.schedule, z, part.cond, self.config.vsd.student_t)
+            x0 = self._generate(step, part)
             gradient, row = self._gradient(step, part, x0.detach())
             loss = surrogate(x0, gradient, self.config.vsd.surrogate).mean()
+            row = {"loss_vsd": loss.detach(), **row}
+            if self.clip is not None:
+                away, figures = self._clip_loss(self.clip, step, part, x0, gradient)
+                loss, row = loss + away, row | figures
             with parallel.gradient_sync(self.student, last):
                 (loss / len(parts)).backward()
             pictures.append(x0.detach())
-            rows.append({"loss_vsd": loss.detach(), **row})
+            rows.append(row)
         norm = self.student_optimizer.update(step)
         return pictures, {**_mean_row(rows), "grad_norm_student": norm}
+
+    @torch.no_grad()
+    def _pictures(self, step: int, parts: Sequence[Part]) -> list[Tensor]:
+        """What the LoRA teacher learns from where the student is not updated."""
+        return [self._generate(step, part) for part in parts]
+
+    def _generate(self, step: int, part: Part) -> Tensor:
+        """x0 = f(z, y) [b c h w] with the student's graph."""
+        z, cond = self._normal("z", step, part.indices), self._student_text(step, part)
+        with parallel.autocast(self.device, self.config.run.dtype):
+            return one_step(self.student, self.schedule, z, cond, self.config.vsd.student_t)
+
+    def _student_text(self, step: int, part: Part) -> Conditioning:
+        """What the student reads: the prompt, under NASA-T with NASA of a drawn strength beside."""
+        if not self.aware:
+            return part.cond
+        alpha = self._alpha(step, part.indices).view(-1, 1, 1)  # [b 1 1]: one for all of a picture
+        return dataclasses.replace(
+            part.cond, negative=part.negative, guidance=NASA(1.0), region=alpha
+        )
+
+    def _alpha(self, step: int, indices: Sequence[int]) -> Tensor:
+        alpha = self.noise.uniform("alpha", step, indices, *self.config.nasa_train.alpha)
+        return alpha.to(self.device)
+
+    def _clip_loss(
+        self, clip: ClipNetworks, step: int, part: Part, x0: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """A number whose gradient is the weighted CLIP loss's, and what tells of it.
+
+        Norms are of what reaches x0 of a picture: gradient (VSD's) as the surrogate divides it.
+        """
+        config, run = self.config.clip_loss, self.config.run
+        weight = config.weight * (1 - step / run.steps if config.schedule == "linear" else 1)
+        found = clip.loss(part.prompts, x0, config.tau, run.dtype)
+        pull = weight * found.gradient
+        elements = x0[0].numel() if self.config.vsd.surrogate == "mean" else 1
+        vsd_norm = gradient.flatten(1).norm(dim=1) / elements  # [b]
+        clip_norm = pull.flatten(1).norm(dim=1)
+        figures = {
+            "clip_weight": x0.new_tensor(weight),
+            "loss_clip": found.loss.mean(),
+            "clip_cosine": found.cosine.mean(),
+            "grad_x0_vsd": vsd_norm.mean(),
+            "grad_x0_clip": clip_norm.mean(),
+            # Not their ratio: VSD's is 0 while the adapters are, CLIP's where one is above tau.
+            "clip_share": (clip_norm / (clip_norm + vsd_norm).clamp(min=1e-30)).mean(),
+        }
+        return (x0 * pull).flatten(1).sum(1).mean(), figures
 
     def _gradient(self, step: int, part: Part, x0: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """The VSD gradient at fresh noise and timesteps, and the figures that tell of it."""
@@ -397,7 +481,10 @@ class Distiller:
         x_t = self.schedule.add_noise(x0, self._normal("eps", step, part.indices), t)
         kappa, kappa_lora = self._kappa(step, part.indices)
         with parallel.autocast(self.device, self.config.run.dtype):
-            scores = teacher_scores(self.pair, x_t, t, part.cond, self.null, kappa, kappa_lora)
+            away = part.negative if self.aware else None  # the frozen teacher's null text (Eq. 5)
+            scores = teacher_scores(
+                self.pair, x_t, t, part.cond, self.null, kappa, kappa_lora, negative=away
+            )
         gradient = vsd_gradient(self.schedule, scores, x0, x_t, t, vsd.weight, vsd.normaliser)
         # Means over samples, so that parts and ranks add up to the figure of the whole batch.
         gap = (scores.teacher - scores.lora_teacher).square().flatten(1).mean(1).sqrt().mean()
@@ -434,9 +521,10 @@ class Distiller:
         return self.noise.normal(stream, step, indices, shape).to(self.device)
 
     def state(self) -> dict[str, Any]:
-        """Student, its average, the adapters, both optimizers' moments."""
+        """Student (of a LoRA student its adapters), its average, the adapters, moments."""
+        whole = self.config.model.student == "full"
         return {
-            "student": self.student,
+            "student": self.student if whole else trainable(self.student),
             "average": self.average.average,
             "lora": trainable(self.pair),
             "optimizer_student": self.student_optimizer.state,
@@ -462,7 +550,50 @@ class Distiller:
         )
         prompts, negatives = self._prompts(step, indices), self._negatives(step, indices)
         away = f", negatives = {negatives}" if negatives else ""
+        if self.aware:
+            away += f", alpha = {[round(a, 4) for a in self._alpha(step, indices).tolist()]}"
         return f"t = {t}, kappa = {kappa}, kappa_lora = {kappa_lora}, prompts = {prompts}{away}"
+
+
+class ClipNetworks(NamedTuple):
+    """What the CLIP loss runs x0 and prompts through, frozen and whole on every rank."""
+
+    clip: Clip
+    decoder: Decoder
+    device: torch.device
+
+    @classmethod
+    def load(cls, config: Config, device: torch.device, vae: Any) -> ClipNetworks:
+        """From the folders of [clip_loss]; vae: the teacher's. ValueError names the key."""
+        section = config.clip_loss
+        with _named("clip_loss.model"):
+            clip = load_clip(section.model, device)
+        if section.decoder == "vae":
+            return cls(clip, vae.requires_grad_(False), device)
+        with _named("clip_loss.taesd"):
+            decoder: Any = load_tools(section.taesd, str(device), torch.float32).get("vae")
+            channels = vae.config.latent_channels
+            if decoder is None or decoder.config.latent_channels != channels:
+                raise ValueError(f"{section.taesd} has no TAESD for latents of {channels} channels")
+        return cls(clip, decoder, device)
+
+    def loss(
+        self, prompts: Sequence[str], x0: Tensor, tau: float, dtype: parallel.Dtype
+    ) -> ClipLoss:
+        """The loss of x0 [b c h w] against its prompts, and its gradient there."""
+        precision = partial(parallel.autocast, self.device, dtype)
+        with precision():
+            texts = text_embeddings(self.clip.text_encoder, self.clip.tokenizer, prompts)
+        return clip_loss(x0, texts, tau, self.decoder, self.clip.image_encoder, precision)
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """ValueErrors of the body get the name of the key before them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def _check_vae(vae: VAEConfig | PatchVAEConfig, spec: zoo.ModelSpec, world: ShapesWorld) -> None:
@@ -519,6 +650,7 @@ def _averaged(spec: zoo.ModelSpec, part: str, net: nn.Module, average: EMA, conf
     state = parallel.gather_full({**net.state_dict(), **use})
     if not parallel.is_main():
         return None
+    state = lora.merged(net, state)
     whole = zoo.build(spec, part)
     whole.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     return whole.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""python -m weights_convert SRC DST, and export, lora, merge, extract."""
+"""python -m weights_convert SRC DST, and export, lora, merge, extract, blend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from snoopi import errors
 from snoopi.report import text_table
 from weights_convert.convert import DTYPES, Report, convert
 
-COMMANDS = ("convert", "export", "lora", "merge", "extract")
+COMMANDS = ("convert", "export", "lora", "merge", "extract", "blend")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--check", action="store_true", help="read everything back and compare")
     add("--overwrite", action="store_true", help="replace a model folder at DST")
     kind.set_defaults(run=_convert)
-    for name in ("export", "lora"):
+    for name in ("export", "lora", "blend"):
         if importlib.util.find_spec(f"weights_convert.{name}"):
             importlib.import_module(f"weights_convert.{name}").add_parsers(kinds)
     return parser

@@ -59,16 +59,20 @@ def teacher_scores(
     null: Conditioning,
     kappa: Tensor,
     kappa_lora: Tensor,
+    *,
+    negative: Conditioning | None = None,
 ) -> TeacherScores:
     """Both teachers' guided predictions from one call on 4b rows (Eq. 4 for each).
 
     The rows are [frozen y, frozen null | lora y, lora null]; adapters act on the second half, so
     the frozen rows are bit-equal to the network without adapters and one sharded copy serves both.
-    x_t [b c h w], t int [b], kappa, kappa_lora [b].
+    x_t [b c h w], t int [b], kappa, kappa_lora [b]. negative: the frozen teacher's unconditional
+    text in place of null (Eq. 5), for negative-aware training; the LoRA teacher keeps null.
     """
     b = len(x_t)
     null = null.expand(b)
-    texts = concat([cond, null, cond, null])
+    away = null if negative is None else negative.expand(b)
+    texts = concat([cond, away, cond, null])
     with lora.rows(pair, 2 * b):
         out = upcast(pair(x_t.repeat(4, 1, 1, 1), t.repeat(4), texts))  # [4b c h w]
     c_psi, u_psi, c_phi, u_phi = out.chunk(4)

@@ -210,6 +210,10 @@ class PatchVAE(nn.Module):
         self.to_latent = nn.Parameter(torch.zeros(width, z), requires_grad=False)
         self.to_patch = nn.Parameter(torch.zeros(z, width), requires_grad=False)
 
+    def blocks(self) -> list[nn.Module]:
+        """Nothing to shard or to checkpoint: two matrices."""
+        return []
+
     @torch.no_grad()
     def fit(self, pictures: Tensor) -> None:
         """Principal components of the patches of pictures [b 3 H W], in float64."""

@@ -77,7 +77,9 @@ def test_overrides_are_toml_or_bare_text_and_the_last_wins() -> None:
         ("student_t=3", ["unknown key student_t", "nearest is vsd.student_t"]),
         ("kapa.teacher=[1,2]", ["unknown key kapa.teacher", "nearest is kappa.teacher"]),
         ("optim.studnt.lr=1", ["nearest is optim.student.lr"]),
-        ("clip_loss.tau=0.3", ["unknown key clip_loss.tau"]),
+        ("clip_los.tau=0.3", ["unknown key clip_los.tau", "nearest is clip_loss.tau"]),
+        ("clip_loss.weight=0.1", ["clip_loss.model: expected a folder of tools with a CLIP"]),
+        ("nasa_train.alpha=[1, 0]", ["low <= high", "got [1.0, 0.0]"]),
         ("kappa=3", ["kappa: expected a section with the keys kappa.teacher"]),
         ("optim.student.lr=-1", ["optim.student.lr: expected number above 0, got -1.0"]),
         ("optim.student.lr=nan", ["expected number, got nan"]),
@@ -111,6 +113,13 @@ def test_a_wrong_override_is_named(override: str, parts: list[str]) -> None:
     message = str(raised.value)
     assert all(part in message for part in parts), message
     assert "\n" not in message
+
+
+def test_prompts_of_ones_own_need_negatives_of_ones_own() -> None:
+    aware = "nasa_train.alpha=[0, 1]"
+    assert config.load("debug", [aware]).nasa_train.alpha == (0.0, 1.0)  # the world has some
+    with pytest.raises(ConfigError, match=r"nasa_train\.alpha: expected negative prompts beside"):
+        config.load("debug", [aware, "data.prompts=mine.txt"])
 
 
 @pytest.mark.parametrize(
@@ -147,7 +156,7 @@ def test_unreadable_recipes_are_named(tmp_path: Path) -> None:
         config.load(tmp_path / "x.toml")
     with pytest.raises(ConfigError, match="No such file"):
         config.load(tmp_path / "y.toml")
-    with pytest.raises(ConfigError, match="unknown recipe 'pgsb'; the nearest is pgsb_shapes"):
+    with pytest.raises(ConfigError, match="unknown recipe 'pgsb'; the nearest is pgsb_"):
         config.load("pgsb")
 
 
