@@ -279,8 +279,18 @@ class Run:
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: cuda where there is one")
     seed: int = _key(0, "seed of every random number", low=0, high=2**63 - 1)
     log: int = _key(10, "steps between rows of metrics.jsonl", low=1)
+    health: bool = _key(
+        True, "rows tell of the run's health, too, and so does the report (method vsd)"
+    )
+    tensorboard: bool = _key(
+        False, "also write the rows as TensorBoard events (needs the package tensorboard)"
+    )
     save: int = _key(100, "steps between run states; the last step is always saved", low=1)
-    keep: int = _key(2, "run states kept", low=1)
+    keep: int = _key(2, "run states kept, beside the milestones", low=1)
+    async_save: bool = _key(
+        False, "write run states while the run goes on, from a copy in host memory"
+    )
+    milestones: int = _key(0, "steps between run states that are kept for good; 0: none", low=0)
 
 
 @dataclass(frozen=True)
@@ -330,7 +340,7 @@ class Config:
 _DISTIL = (
     *("kappa", "vsd", "lora", "student_lora", "clip_loss", "nasa_train", "optim.lora"),
     *("data.prompts", "data.cache", "data.negatives"),
-    *("model.teacher", "model.student_init", "model.student"),
+    *("model.teacher", "model.student_init", "model.student", "run.health"),
 )
 # Sections and keys that a method does not read. Setting one is an error: it would change nothing.
 _UNREAD: dict[str, tuple[str, ...]] = {

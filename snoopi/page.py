@@ -97,11 +97,13 @@ _STYLE = """
 :root {
   --page: #f6f7f9; --panel: #fff; --ink: #1f2630; --muted: #596473; --rule: #d9dee5;
   --series-0: #0b66b5; --series-1: #b84a00; --series-2: #00785a; --series-3: #8440b8;
+  --series-4: #8a6d00;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #0f1318; --panel: #181e26; --ink: #e4e8ee; --muted: #9aa6b5; --rule: #2e3743;
     --series-0: #5fb2f7; --series-1: #f29a5c; --series-2: #43c79c; --series-3: #c79cf2;
+    --series-4: #d9c04a;
   }
 }
 * { box-sizing: border-box; }
@@ -142,6 +144,7 @@ figcaption:empty { display: none; }
 .plot .axis { stroke: var(--muted); }
 .series-0 { --colour: var(--series-0); } .series-1 { --colour: var(--series-1); }
 .series-2 { --colour: var(--series-2); } .series-3 { --colour: var(--series-3); }
+.series-4 { --colour: var(--series-4); }
 .curve { fill: none; stroke: var(--colour); stroke-width: 2; stroke-linejoin: round; }
 .reference { stroke: var(--colour); stroke-width: 1.5; }
 .band { fill: var(--colour); opacity: .16; }

@@ -318,6 +318,12 @@ def gradient_sync(module: nn.Module, on: bool) -> Iterator[None]:
         module.set_requires_gradient_sync(True)
 
 
+def reshard(module: nn.Module) -> None:
+    """Give the whole weights back that a forward pass without a backward one leaves gathered."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
 # --- gradients ------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 """Line plots and interval bars as SVG text that stands alone in a page: no plotting library.
 
-Colours are CSS variables (`--series-0` ... `--series-3`, `--ink`, `--muted`, `--rule`), so that the
+Colours are CSS variables (`--series-0` ... `--series-4`, `--ink`, `--muted`, `--rule`), so that the
 page decides them for light and dark; every series has a dash pattern too.
 """
 
@@ -16,8 +16,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 22, 12, 44
 _LEGEND_LINE = 20
 _CHARACTER = 6.7  # mean width of a legend's character at 12 px, generous
 _MOST_POINTS = 120  # more are drawn as the mean of equal stretches, with a band from least to most
-_DASHES = ("", "7 3", "2 3", "9 3 2 3")
-_SERIES = 4
+_DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4")
+_SERIES = len(_DASHES)
 
 
 @dataclass(frozen=True)

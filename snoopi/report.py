@@ -10,7 +10,7 @@ import math
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -60,12 +60,16 @@ _COLUMNS = {"scale": "strength", "keep_ratio": "of unguided"}  # short, for the 
 
 
 class _PlotKind(NamedTuple):
-    """A plot drawn when the rows hold one of its keys: the key itself or key_<anything>."""
+    """A plot drawn when the rows hold one of its keys: the key itself or key_<anything>.
+
+    reading: a sentence that helps to read it.
+    """
 
     title: str
     y_label: str
     keys: tuple[str, ...]
     fraction: bool = False
+    reading: str = ""
 
 
 _PLOTS = (
@@ -76,6 +80,60 @@ _PLOTS = (
     _PlotKind("Losses", "loss", ("loss",)),
     _PlotKind("Gradient norms", "norm before clipping", ("grad_norm",)),
     _PlotKind("Student and teacher: gap of their scores", "gap", ("gap",)),
+)
+# What snoopi.health (and, for the last two, the CLIP loss) puts into the rows.
+_HEALTH = (
+    _PlotKind(
+        "Gap of the teachers by timestep",
+        "gap",
+        ("gap_t",),
+        reading="Root mean square of what the student is pushed by: the curves fall, then level "
+        "off; one that rises alone names the noise level at which the student goes astray.",
+    ),
+    _PlotKind(
+        "Gap of the teachers by guidance scale",
+        "gap",
+        ("gap_kappa",),
+        reading="More guidance makes a wider gap, but the curves have one course; a top curve that "
+        "runs away from the others asks for a smaller upper end of kappa.",
+    ),
+    _PlotKind(
+        "Diversity of x0",
+        "distance, standard deviations",
+        ("diversity",),
+        reading="Pictures that have nothing in common are about 1.4 apart; a fall to half of the "
+        "first value is the mark of a collapse, and warned of.",
+    ),
+    _PlotKind(
+        "Drift of x0",
+        "root mean square",
+        ("drift",),
+        reading="Distance of the same noise and prompts from their first x0 (start) and from "
+        "their x0 one probe ago (last): last falls as the run settles; where it does not, the "
+        "learning rate is too large or the student goes round in circles.",
+    ),
+    _PlotKind(
+        "Denoising loss of both teachers",
+        "loss",
+        ("denoise",),
+        reading="On the student's own pictures, same noise: the LoRA teacher must come to lie "
+        "below the frozen one, or it does not know the student and its gradient means nothing.",
+    ),
+    _PlotKind(
+        "Gradients at x0, VSD and CLIP",
+        "norm of a picture's gradient",
+        ("grad_x0",),
+        reading="What reaches a picture from either loss: CLIP is a help as long as it stays "
+        "below VSD.",
+    ),
+    _PlotKind(
+        "Share of the CLIP loss in the gradient",
+        "share",
+        ("clip_share",),
+        True,
+        "CLIP / (CLIP + VSD): above one half the CLIP loss leads, which costs quality; it must "
+        "fall to 0 with the schedule of its weight.",
+    ),
 )
 
 
@@ -188,21 +246,34 @@ def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def standard_plots(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list[Plot]:
-    """The plots that the rows of metrics.jsonl have keys for, each key in the first that fits."""
+    """The plots that the rows of metrics.jsonl have keys for, each key in the first that fits.
+
+    Without those of `health_plots`.
+    """
+    return [plot for kind, plot in _plots(rows, summary) if kind in _PLOTS]
+
+
+def health_plots(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Plot, str]]:
+    """The plots of a run's health, each with a sentence that helps to read it."""
+    return [(plot, kind.reading) for kind, plot in _plots(rows, {}) if kind in _HEALTH]
+
+
+def _plots(
+    rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> Iterator[tuple[_PlotKind, Plot]]:
     keys = dict.fromkeys(
         key for row in rows for key, value in row.items() if _finite(value) is not None
     )
     taken = {"step"}
-    plots = []
-    for kind in _PLOTS:
+    for kind in (*_HEALTH, *_PLOTS):  # health first: its names are the longer ones
         mine = [k for k in keys if k not in taken and _belongs(k, kind.keys)]
         taken |= set(mine)
         if mine:
             labels = _labels(mine, kind.keys)
             curves = [_curve(rows, key, name) for key, name in zip(mine, labels, strict=True)]
             references = _teachers(summary) if "frechet" in kind.keys else {}
-            plots.append(Plot(kind.title, kind.y_label, curves, references, fraction=kind.fraction))
-    return plots
+            plot = Plot(kind.title, kind.y_label, curves, references, fraction=kind.fraction)
+            yield kind, plot
 
 
 # --- values ----------------------------------------------------------------------------------
@@ -416,6 +487,7 @@ def render_html(report: Report) -> str:
         _header(report, summary),
         page.section("Pictures", _figures_html(report.grids, "samples")),
         page.section("Training", _plots_html(report, summary)),
+        page.section("Health", _health_html(report)),
         page.section("Negative prompts", _control_html(report)),
         page.section("How it was made", _provenance_html(report, summary)),
     ]
@@ -464,6 +536,21 @@ def _plots_html(report: Report, summary: Mapping[str, Any]) -> str:
         f"<figure><h3>{escape(plot.title)}</h3>{line_plot(plot)}</figure>" for plot in plots
     )
     return f'<div class="plots">{items}</div>' if items else ""
+
+
+def _health_html(report: Report) -> str:
+    """Warnings of the run, and its health plots with what they say."""
+    warnings = [(_finite(r.get("step")), r["warning"]) for r in report.rows if r.get("warning")]
+    lines = "".join(
+        f"<p><strong>Warning</strong> (step {_show('step', step)}): {escape(str(text))}</p>"
+        for step, text in warnings
+    )
+    items = "".join(
+        f"<figure><h3>{escape(plot.title)}</h3>{line_plot(plot)}"
+        f"<figcaption>{escape(reading)}</figcaption></figure>"
+        for plot, reading in health_plots(report.rows)
+    )
+    return lines + (f'<div class="plots">{items}</div>' if items else "")
 
 
 def _control_html(report: Report) -> str:

@@ -1,4 +1,6 @@
-"""A run's log: metrics.jsonl (one object a logged step) and the line that shows progress."""
+"""A run's log: metrics.jsonl (one object a logged step), the line that shows progress, and, with
+the package tensorboard, the same figures as TensorBoard's events.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,11 @@ class RunLog:
         resumed: step of the run state that was loaded, 0 for a new run. Rows of later steps, and a
             torn last line, are removed, so that each step appears once.
         main: whether this is rank 0.
+        tensorboard: folder of TensorBoard's event files, for the numbers of each row. None: none.
 
     Raises:
-        ValueError: the file has rows and the run was not resumed, or a row is not one of ours.
+        ValueError: the file has rows and the run was not resumed, or a row is not one of ours; or
+            the package tensorboard is missing.
         OSError: naming the file, here and in `write`, for example on a full disk.
     """
 
@@ -54,6 +58,7 @@ class RunLog:
         main: bool = True,
         interval: float = 15.0,
         stream: TextIO | None = None,
+        tensorboard: Path | None = None,
     ) -> None:
         self.total = total
         self._main, self._interval = main, interval
@@ -63,11 +68,18 @@ class RunLog:
         self._width = 0
         self._path = path
         self._file: Any = None  # a raw binary file
+        self._board: Any = None  # a SummaryWriter
+        self._board_folder = tensorboard
         if main and path is not None:
             with writing(path):
                 _keep_rows(path, resumed)
                 # Unbuffered: what a full disk refused must not be tried again at exit.
                 self._file = path.open("ab", buffering=0)
+        if main and tensorboard is not None:
+            # Steps from here on are written anew: TensorBoard drops what it has of them.
+            purge = resumed + 1 if resumed else None
+            with writing(tensorboard):
+                self._board = event_writer()(str(tensorboard), purge_step=purge)
 
     def __enter__(self) -> RunLog:
         return self
@@ -84,6 +96,12 @@ class RunLog:
             # Python would write NaN and Infinity, which are not JSON.
             safe = {name: _jsonable(value) for name, value in plain.items()}
             self._append(json.dumps(safe, allow_nan=False).encode() + b"\n")
+        if self._board is not None and self._board_folder is not None:
+            with writing(self._board_folder):
+                for name, value in plain.items():
+                    if name != "step" and isinstance(value, int | float):
+                        self._board.add_scalar(name, value, step)
+                self._board.flush()  # a killed run loses no row here either
         self.show(step, plain)
 
     def _append(self, line: bytes) -> None:
@@ -121,6 +139,9 @@ class RunLog:
         if self._width:
             self._stream.write("\n")
             self._width = 0
+        board, self._board = self._board, None
+        if board is not None:
+            board.close()
         file, self._file = self._file, None
         if file is not None:
             with file:
@@ -129,6 +150,22 @@ class RunLog:
     def _seconds_left(self, step: int, now: float) -> float:
         done = step - self._first
         return (now - self._start) / done * (self.total - step) if done > 0 else math.nan
+
+
+def event_writer() -> Any:
+    """torch's SummaryWriter.
+
+    Raises:
+        ValueError: the package tensorboard, which it needs, is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "run.tensorboard: expected the package tensorboard, which is not installed: "
+            "pip install 'snoopi[tensorboard]'"
+        ) from None
+    return SummaryWriter
 
 
 def progress_line(step: int, total: int, row: Mapping[str, Any], seconds_left: float) -> str:

@@ -22,6 +22,7 @@ import pickle
 import re
 import shutil
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,6 +38,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, WriteItem
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
@@ -72,13 +74,17 @@ class RunStateError(ValueError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a run state says about itself. `files` maps a name to [bytes, SHA-256]."""
+    """What a run state says about itself. `files` maps a name to [bytes, SHA-256].
+
+    milestone: it is never dropped for newer ones.
+    """
 
     step: int
     config: str
     world: int
     torch: str
     files: dict[str, tuple[int, str]]
+    milestone: bool = False
     format: str = FORMAT
     version: int = VERSION
 
@@ -152,7 +158,15 @@ class OptimizerState:
 
 
 def save(
-    folder: Path, step: int, state: Mapping[str, Any], *, config: str = "", keep: int = 2
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    *,
+    config: str = "",
+    keep: int = 2,
+    milestone: bool = False,
+    files: Mapping[str, bytes] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write `folder`/state/step-NNNNNNNN, drop all but the newest `keep` states. Every rank calls.
 
@@ -161,8 +175,12 @@ def save(
         step: updates done so far.
         state: modules, OptimizerStates, or nested dicts of tensors and plain values, by name.
         config: digest of the recipe.
-        keep: states to keep, at least 1. States of later steps (a future that the run has left by
-            resuming from an earlier state) are dropped, too.
+        keep: states to keep, at least 1, beside the milestones. States of later steps (a future
+            that the run has left by resuming from an earlier state) are dropped, milestones too.
+        milestone: this state is kept for good, however many follow.
+        files: small files of this rank's own beside the tensors, by name (see `attached`); no two
+            ranks may use one name.
+        group: the ranks' process group for this save, by default the one of the run.
 
     Raises:
         RunStateError: it can't be written, for example because the disk is full; what was there
@@ -172,11 +190,13 @@ def save(
     final = states / _name(step)
     partial = states / f".partial-{final.name}"
     try:
-        _agreed(lambda: _clear(partial), main_only=True)
-        _agreed(lambda: _write(state, partial))
-        files = {name: entry for part in _gather(_hashes(partial)) for name, entry in part.items()}
-        manifest = Manifest(step, config, _world(), torch.__version__, dict(sorted(files.items())))
-        _agreed(lambda: _publish(manifest, partial, final), main_only=True)
+        _agreed(lambda: _clear(partial), main_only=True, group=group)
+        _agreed(lambda: _write(state, partial, files or {}, group), group=group)
+        parts = _gather(_hashes(partial), group)
+        hashes = {name: entry for part in parts for name, entry in part.items()}
+        noted = dict(sorted(hashes.items()))
+        manifest = Manifest(step, config, _world(), torch.__version__, noted, milestone)
+        _agreed(lambda: _publish(manifest, partial, final), main_only=True, group=group)
     except KeyboardInterrupt:
         if _rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -188,8 +208,76 @@ def save(
             f"cannot save the run state of step {step} in {states}: {error} "
             f"({_free_megabytes(folder)} MB free on that disk); earlier states are untouched"
         ) from None
-    _agreed(lambda: _prune(states, step, keep), main_only=True)
+    _agreed(lambda: _prune(states, step, keep), main_only=True, group=group)
     return final
+
+
+class Saver:
+    """Writes a run's states one after another: at once, or in the background of the run.
+
+    In the background the state is copied into host memory (one more copy of it, kept for the next
+    save) and a thread does all that `save` does, by collectives of a group of its own. A signal
+    interrupts the main thread alone, so it never meets torch's writer there. What the thread meets
+    is raised on all ranks by the next `check`, `save` or exit. Every rank calls every method.
+    """
+
+    def __init__(self, background: bool = False) -> None:
+        self._background = background
+        # gloo: a state in host memory; a group of its own: the run's collectives go on beside it.
+        self._group = dist.new_group(backend="gloo") if background and _world() > 1 else None
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        """Wait for what is being written; after a Ctrl-C not: the state before it is whole."""
+        if kind is None:
+            self.wait()
+        elif issubclass(kind, Exception) and self._thread is not None:
+            self._thread.join()
+
+    def save(self, folder: Path, step: int, state: Mapping[str, Any], **how: Any) -> None:
+        """`save`, after the one before it has ended. `how`: its further arguments."""
+        self.wait()
+        if not self._background:
+            save(folder, step, state, **how)
+            return
+        copy = self._stager.stage(_plain_values(state))
+        assert isinstance(copy, dict)  # no Future: this stager copies at once
+
+        def work() -> None:
+            try:
+                save(folder, step, copy, **how, group=self._group)
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=work, name="run state", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise a background save's error, at the same step on all ranks. A collective then."""
+        if self._thread is not None:
+            ranks = _gather((self._thread.is_alive(), self._error is not None))
+            if any(error for _, error in ranks) or not any(alive for alive, _ in ranks):
+                self.wait()
+
+    def wait(self) -> None:
+        """Wait for a background save, and raise its error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+def _plain_values(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state with modules and optimizers as dicts, as DCP itself would make them."""
+    with_state = (nn.Module, OptimizerState)
+    return {k: v.state_dict() if isinstance(v, with_state) else v for k, v in state.items()}
 
 
 def _free_megabytes(folder: Path) -> str:
@@ -224,12 +312,27 @@ class _SavePlanner(DefaultSavePlanner):
         return super().resolve_data(write_item)
 
 
-def _write(state: Mapping[str, Any], partial: Path) -> None:
+def _write(
+    state: Mapping[str, Any],
+    partial: Path,
+    files: Mapping[str, bytes],
+    group: dist.ProcessGroup | None,
+) -> None:
     writer = FileSystemWriter(partial, sync_files=True)
     with _quiet(), errors.held() as let_signals_through:
         planner = _SavePlanner(let_signals_through)
-        no_dist = not dist.is_initialized()
-        dcp_save(dict(state), storage_writer=writer, planner=planner, no_dist=no_dist)
+        dcp_save(
+            dict(state),
+            storage_writer=writer,
+            planner=planner,
+            process_group=group,
+            no_dist=not dist.is_initialized(),
+        )
+    for name, content in files.items():
+        with (partial / name).open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _hashes(partial: Path) -> dict[str, tuple[int, str]]:
@@ -266,10 +369,20 @@ def _drop(path: Path) -> None:
 
 def _prune(states: Path, step: int, keep: int) -> None:
     found = steps(states.parent)
-    kept = [number for number in found if number <= step][-keep:]
+    past = [number for number in found if number <= step]
     for number in found:
-        if number not in kept:
-            _drop(states / _name(number))
+        path = states / _name(number)
+        if number > step or (number not in past[-keep:] and not _is_milestone(path)):
+            _drop(path)
+
+
+def _is_milestone(path: Path) -> bool:
+    """By its own manifest, not by a recipe that may have changed since; one that is damaged is
+    none."""
+    try:
+        return manifest(path).milestone
+    except RunStateError:
+        return False
 
 
 def _sync(folder: Path) -> None:
@@ -319,6 +432,20 @@ def load_latest(folder: Path, state: dict[str, Any]) -> int:
 def noted_config(folder: Path, step: int) -> str:
     """What `save` was given as `config` for the state of a step."""
     return manifest(Path(folder) / "state" / _name(step)).config
+
+
+def attached(folder: Path, step: int) -> dict[str, bytes]:
+    """The files that `save` was given beside the tensors of a step, of all ranks, by name.
+
+    For a state that `load_latest` has found whole. All ranks get all of them, so they are small.
+    """
+    path = Path(folder) / "state" / _name(step)
+    names = [name for name in manifest(path).files if not _of_dcp(name)]
+    return {name: (path / name).read_bytes() for name in names}
+
+
+def _of_dcp(name: str) -> bool:
+    return name == _METADATA or name.endswith(".distcp")
 
 
 def manifest(path: Path) -> Manifest:
@@ -494,16 +621,18 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _gather(value: T) -> list[T]:
+def _gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every rank's value, in order of ranks."""
     if _world() == 1:
         return [value]
     values: list[Any] = [None] * _world()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def _agreed(work: Callable[[], T], *, main_only: bool = False) -> T | None:
+def _agreed(
+    work: Callable[[], T], *, main_only: bool = False, group: dist.ProcessGroup | None = None
+) -> T | None:
     """Do the work (on rank 0 only, if so asked); an error on any rank is raised on all of them."""
     result, trouble = None, ""
     if _rank() == 0 or not main_only:
@@ -514,7 +643,7 @@ def _agreed(work: Callable[[], T], *, main_only: bool = False) -> T | None:
             if not _expected(error):  # a bug of ours: the other ranks are told, this one shows it
                 traceback.print_exception(error)
             trouble = _cause(error)
-    troubles = [item for item in _gather(trouble) if item]
+    troubles = [item for item in _gather(trouble, group) if item]
     if troubles:
         raise RunStateError(troubles[0])
     return result

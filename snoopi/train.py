@@ -32,10 +32,11 @@ from snoopi.config import Config
 from snoopi.data import NegativeList, PromptList, file_digest, unread
 from snoopi.final import OBSERVERS, Observer
 from snoopi.folders import SHIPPED, read_spec, shipped, shipped_or_path
+from snoopi.health import Health
 from snoopi.noise import Noise
 from snoopi.pictures import write_atomically
 from snoopi.pipeline import Pipeline, load
-from snoopi.runlog import RunLog, read
+from snoopi.runlog import RunLog, event_writer, read
 from snoopi.textcache import TextCache, shards_digest
 from snoopi.tokenize import PromptCut
 from snoopi.trainers import Distiller, TeacherTrainer, Trainer, VAETrainer
@@ -50,8 +51,12 @@ FREE = (
     "model.store",
     "parallel.",
     "run.log",
+    "run.health",
+    "run.tensorboard",
     "run.save",
     "run.keep",
+    "run.milestones",
+    "run.async_save",
     "run.accumulate",
 )
 _IDENTITY = "steps:"  # states of earlier versions note a digest of another kind, without it
@@ -137,6 +142,8 @@ def _check(config: Config, out: Path, resume: bool) -> None:
         PromptList(config.data.prompts, Noise(config.run.seed))
     if config.data.negatives:
         NegativeList(config.data.negatives, Noise(config.run.seed))
+    if config.run.tensorboard:
+        event_writer()
     parent = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not parent.is_dir():
         raise ValueError(f"cannot use {out} as a run's folder: {parent} is not a folder")
@@ -220,34 +227,54 @@ def fit(trainer: Trainer, config: Config, out: Path, observer: Observer, *, resu
     first = _first_step(trainer, config, out, resume)
     with (
         parallel.SignalGuard() as guard,
-        RunLog(out / "metrics.jsonl", steps, resumed=first, main=parallel.is_main()) as log,
+        RunLog(
+            out / "metrics.jsonl",
+            steps,
+            resumed=first,
+            main=parallel.is_main(),
+            tensorboard=out / "tensorboard" if config.run.tensorboard else None,
+        ) as log,
+        runstate.Saver(config.run.async_save) as saver,
     ):
         clock, pictures = time.monotonic(), 0
         for step in range(first, steps):
             row = trainer.step(step)
             done, pictures = step + 1, pictures + config.run.batch
             _check_finite([n for n, v in row.items() if not math.isfinite(v)], trainer, done)
+            saver.check()
             stopping = guard.stop()
             # The last step is measured by observer.finish, on the model folder as it was written.
             looking = every > 0 and done % every == 0 and done < steps
             saving = done % config.run.save == 0 or done == steps or stopping
+            saving = saving or _is_milestone(config, done)
             if looking or saving:  # the update of this step may have gone wrong after its loss
                 _check_finite(runstate.not_finite(trainer.state()), trainer, done)
             if looking or done % config.run.log == 0 or done == steps:
-                row = parallel.mean(row)
+                health = trainer.health
+                row = parallel.mean({**row, **(health.sums() if health else {})})
+                row = _with_health(health, row, log) if health else row
                 row["images_per_s"] = pictures / (time.monotonic() - clock)
                 if looking:
                     row |= observer.look(trainer.pipeline(), done)
                 log.write(done, row)
                 clock, pictures = time.monotonic(), 0
             if saving:
-                _save(trainer, config, out, done)
+                _save(saver, trainer, config, out, done)
             if stopping:
                 break
     if guard.stop():  # asked here, too: a signal may have come while the last state was written
         rest = "finishes with the report" if done == steps else "goes on from there"
         message = f"stopped after step {done} of {steps}; --resume --out {out} {rest}"
         raise Stopped(message, guard.caught or signal.SIGTERM)
+
+
+def _with_health(health: Health, row: dict[str, Any], log: RunLog) -> dict[str, Any]:
+    """A row with its sums turned into figures; an alarm is said."""
+    sums = {name: row.pop(name) for name in health.sums()}
+    row |= health.figures(sums)
+    if "warning" in row:
+        log.say(f"warning: {row['warning']}")
+    return row
 
 
 def _check_finite(bad: list[str], trainer: Trainer, done: int) -> None:
@@ -274,6 +301,9 @@ def _first_step(trainer: Trainer, config: Config, out: Path, resume: bool) -> in
         if changed:
             raise ValueError(f"{out} was started with another recipe: {'; '.join(changed)}")
         step = runstate.load_latest(out, trainer.state())
+        if trainer.health:
+            files = runstate.attached(out, step)
+            trainer.health.restore(files, parallel.rank(), parallel.world_size())
         noted = runstate.noted_config(out, step)
         if noted.startswith(_IDENTITY) and noted != _identity(config):
             raise ValueError(
@@ -291,8 +321,20 @@ def _first_step(trainer: Trainer, config: Config, out: Path, resume: bool) -> in
     return step
 
 
-def _save(trainer: Trainer, config: Config, out: Path, done: int) -> None:
-    runstate.save(out, done, trainer.state(), config=_identity(config), keep=config.run.keep)
+def _save(saver: runstate.Saver, trainer: Trainer, config: Config, out: Path, done: int) -> None:
+    saver.save(
+        out,
+        done,
+        trainer.state(),
+        config=_identity(config),
+        keep=config.run.keep,
+        milestone=_is_milestone(config, done),
+        files=trainer.health.files(parallel.rank()) if trainer.health else {},
+    )
+
+
+def _is_milestone(config: Config, done: int) -> bool:
+    return config.run.milestones > 0 and done % config.run.milestones == 0
 
 
 def _identity(config: Config) -> str:

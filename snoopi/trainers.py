@@ -24,6 +24,7 @@ from snoopi.config import Config, Optim
 from snoopi.data import NegativeList, PromptList
 from snoopi.folders import Clip, load_clip, load_tools
 from snoopi.guidance import NASA
+from snoopi.health import PROBES, Health
 from snoopi.methods.autoencode import autoencoding_loss
 from snoopi.methods.clip_loss import ClipLoss, Decoder, clip_loss, text_embeddings
 from snoopi.methods.denoise import denoising_loss, draw_timesteps, drop_text
@@ -43,6 +44,9 @@ FIT_PICTURES = 2048  # pictures behind the patch transform's principal component
 
 class Trainer(Protocol):
     """What the loop asks of a run."""
+
+    health: Health | None
+    """Figures of its working, for the rows; None: there are none."""
 
     def step(self, step: int) -> dict[str, Any]:
         """Do step `step` (from 0); returns the row of figures to log. All ranks call."""
@@ -116,6 +120,8 @@ class Optimizer:
 class VAETrainer:
     """An autoencoder learns a world's pictures."""
 
+    health: Health | None = None
+
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.noise, self.world = Noise(config.run.seed), ShapesWorld()
@@ -172,6 +178,8 @@ class VAETrainer:
 
 class TeacherTrainer:
     """A multi-step teacher (text encoder and backbone) learns a world's pictures by denoising."""
+
+    health: Health | None = None
 
     def __init__(self, config: Config, device: torch.device, vae: Any = None) -> None:
         self.config, self.device = config, device
@@ -330,6 +338,8 @@ class Distiller:
         )
         with torch.no_grad():
             self.null = self._null()
+        ranges = config.vsd.t, config.kappa.teacher
+        self.health = Health(*ranges, device) if config.run.health else None
 
     def _null(self) -> Conditioning:
         if self.cache is not None:
@@ -345,6 +355,8 @@ class Distiller:
 
         With vsd.every = k only each k-th step updates the student (two time scales, DMD2).
         """
+        if self.health and not self.health.probed:
+            self._probe(self.health)
         parts = [self._part(step, indices) for indices in _parts(self.config)]
         every = self.config.vsd.every
         turn = (step + 1) % every == 0
@@ -355,7 +367,22 @@ class Distiller:
         row |= {name: sum(each[name] for each in rows) / updates for name in rows[0]}
         if turn:
             self.average.update(self.student, step // every)
+        if self.health and (step + 1) % self.config.run.save == 0:
+            self._probe(self.health)
         return row
+
+    @torch.no_grad()
+    def _probe(self, health: Health) -> None:
+        """x0 of fixed noise and prompts, in parts of a step's size."""
+        pictures = []
+        rows, size = range(min(PROBES, self.config.run.batch)), len(_parts(self.config)[0])
+        for indices in (rows[first : first + size] for first in rows[::size]):
+            z, cond = self._normal("probe", 0, indices), self._part(0, indices).cond
+            with parallel.autocast(self.device, self.config.run.dtype):
+                t = self.config.vsd.student_t
+                pictures.append(one_step(self.student, self.schedule, z, cond, t))
+        parallel.reshard(self.student)
+        health.probe(torch.cat(pictures))
 
     @torch.no_grad()
     def _part(self, step: int, indices: range) -> Part:
@@ -487,8 +514,11 @@ class Distiller:
             )
         gradient = vsd_gradient(self.schedule, scores, x0, x_t, t, vsd.weight, vsd.normaliser)
         # Means over samples, so that parts and ranks add up to the figure of the whole batch.
-        gap = (scores.teacher - scores.lora_teacher).square().flatten(1).mean(1).sqrt().mean()
-        row = {"gap": gap, "kappa_mean": kappa.mean(), "kappa_lora_mean": kappa_lora.mean()}
+        gap = (scores.teacher - scores.lora_teacher).square().flatten(1).mean(1).sqrt()  # [b]
+        if self.health:
+            self.health.scores(gap, t, kappa)
+            self.health.pictures(x0)
+        row = {"gap": gap.mean(), "kappa_mean": kappa.mean(), "kappa_lora_mean": kappa_lora.mean()}
         return gradient, {**row, "x0_std": x0.flatten(1).std(1).mean()}
 
     def _update_lora(
@@ -501,6 +531,7 @@ class Distiller:
             eps = self._normal("lora_eps", draw, part.indices)
             dropped = noise.uniform("dropout", draw, part.indices) < config.data.dropout
             cond = drop_text(part.cond, self.null, dropped)
+            frozen = self._frozen_loss(draw, x0, t, eps, cond)
             with parallel.autocast(self.device, config.run.dtype):
                 loss = denoising_loss(
                     self.pair, self.schedule, x0, t, eps, cond, config.lora.loss_weight
@@ -508,7 +539,24 @@ class Distiller:
             with parallel.gradient_sync(self.pair, last):
                 (loss / len(parts)).backward()
             rows.append({"loss_lora": loss.detach()})
+            if self.health and frozen is not None:
+                self.health.denoising(loss.detach(), frozen)
         return {**_mean_row(rows), "grad_norm_lora": self.lora_optimizer.update(draw)}
+
+    @torch.no_grad()
+    def _frozen_loss(
+        self, draw: int, x0: Tensor, t: Tensor, eps: Tensor, cond: Conditioning
+    ) -> Tensor | None:
+        """The frozen teacher's denoising loss, at the last update before a row of the log.
+
+        Asked before the LoRA teacher's own pass, whose end leaves the pair sharded.
+        """
+        config = self.config
+        if not self.health or (draw + 1) % (config.run.log * config.lora.updates_per_step):
+            return None
+        with parallel.autocast(self.device, config.run.dtype), lora.rows(self.pair, len(x0)):
+            weight = config.lora.loss_weight
+            return denoising_loss(self.pair, self.schedule, x0, t, eps, cond, weight).mean()
 
     def _kappa(self, step: int, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         k = self.config.kappa

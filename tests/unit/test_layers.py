@@ -22,7 +22,7 @@ LAYERS = (
     {"zoo", "tokenize", "samplers"},
     {"folders"},
     {"pipeline", "optimize", "methods", "worlds", "textcache"},
-    {"evaluate", "report", "parallel", "data", "runstate", "runlog", "config"},
+    {"evaluate", "report", "parallel", "data", "runstate", "runlog", "config", "health"},
     {"trainers", "final"},
     {"train", "generate", "evaluate.__main__", "reproduce", "selftest"},
 )

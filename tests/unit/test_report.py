@@ -24,6 +24,7 @@ from snoopi.report import (
     SUMMARY_KEYS,
     Figure,
     Report,
+    health_plots,
     print_report,
     render_html,
     standard_plots,
@@ -123,6 +124,31 @@ def test_plots_are_well_formed_and_say_what_they_show(report: Report) -> None:
         assert root.find(".//title") is not None
         numbers = [v for e in root.iter() for v in e.attrib.values()]
         assert "nan" not in numbers and "inf" not in numbers
+
+
+def test_health_has_a_section_with_help_to_read_it() -> None:
+    names = ("gap_t_20-211", "gap_t_212-403", "diversity", "drift_start", "drift_last")
+    more = ("denoise_lora", "denoise_frozen", "clip_share", "grad_x0_vsd", "gap")
+    rows: list[dict[str, Any]] = [
+        {"step": s, **dict.fromkeys((*names, *more), 0.5)} for s in (1, 2)
+    ]
+    rows[1]["warning"] = f"diversity fell {EVIL}"
+    health = health_plots(rows)
+    assert [[curve.label for curve in plot.curves] for plot, _ in health] == [
+        ["20-211", "212-403"],
+        ["diversity"],
+        ["start", "last"],
+        ["lora", "frozen"],
+        ["vsd"],
+        ["clip share"],
+    ]
+    assert [plot.title for plot in standard_plots(rows, {})] == [
+        "Student and teacher: gap of their scores"
+    ]
+    page = render_html(Report("t", rows=rows))
+    assert "<h2>Health</h2>" in page and "(step 2)" in page and "<script" not in page
+    assert all(len(reading) > 40 and reading[:40].split("'")[0] in page for _, reading in health)
+    assert "<h2>Health</h2>" not in render_html(Report("t", rows=[{"step": 1, "loss": 1.0}]))
 
 
 def test_files(report: Report, tmp_path: Path) -> None:

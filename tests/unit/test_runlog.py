@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import sys
+import types
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -73,6 +76,72 @@ def test_other_ranks_write_and_show_nothing(tmp_path: Path) -> None:
         log.write(1, {"loss": 1.0})
         log.say("hello")
     assert not stream.getvalue() and not (tmp_path / "m.jsonl").exists()
+
+
+class StubWriter:
+    """What RunLog asks of torch's SummaryWriter."""
+
+    made: ClassVar[list[StubWriter]] = []
+
+    def __init__(self, folder: str, purge_step: int | None) -> None:
+        self.folder, self.purge_step = folder, purge_step
+        self.scalars: list[tuple[str, float, int]] = []
+        self.flushed = self.closed = 0
+        self.made.append(self)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.scalars.append((name, value, step))
+
+    def flush(self) -> None:
+        self.flushed = len(self.scalars)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.parametrize("resumed", [0, 4])
+def test_tensorboard_gets_the_numbers_of_every_row(
+    resumed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub = types.ModuleType("stub")
+    stub.SummaryWriter = StubWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
+    folder = tmp_path / "tensorboard"
+    how: dict[str, Any] = {"stream": io.StringIO(), "tensorboard": folder}
+    with RunLog(tmp_path / "m.jsonl", 9, main=False, **how) as log:
+        log.write(1, {"loss": 1.0})
+    assert not StubWriter.made, "of rank 0 alone"
+    with RunLog(tmp_path / "m.jsonl", 9, resumed=resumed, **how) as log:
+        log.write(5, {"loss": torch.tensor(0.5), "warning": "text", "count": 3})
+        (writer,) = StubWriter.made
+        assert writer.flushed == 2 and not writer.closed
+    StubWriter.made.clear()
+    assert writer.folder == str(folder) and writer.closed == 1
+    assert writer.purge_step == (5 if resumed else None)
+    assert writer.scalars == [("loss", 0.5, 5), ("count", 3, 5)]
+
+
+def test_tensorboard_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"pip install 'snoopi\[tensorboard\]'"):
+        RunLog(tmp_path / "m.jsonl", 9, tensorboard=tmp_path / "tensorboard")
+
+
+def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "tensorboard"
+    for resumed, steps in ((0, range(1, 6)), (3, range(4, 7))):
+        with RunLog(
+            tmp_path / "m.jsonl", 9, resumed=resumed, stream=io.StringIO(), tensorboard=folder
+        ) as log:
+            for step in steps:
+                log.write(step, {"loss": step + resumed / 10})
+    found = EventAccumulator(str(folder)).Reload().Scalars("loss")
+    values = [1.0, 2.0, 3.0, 4.3, 5.3, 6.3]
+    assert [event.step for event in found] == list(range(1, 7))
+    assert [event.value for event in found] == pytest.approx(values)
 
 
 def test_without_a_terminal_a_line_at_most_every_interval_and_the_last(tmp_path: Path) -> None:

@@ -109,6 +109,123 @@ def test_the_newest_are_kept_and_an_abandoned_future_is_not(tmp_path: Path) -> N
     assert sorted(item.name for item in (tmp_path / "state").iterdir()) == [path.name]
 
 
+def test_milestones_are_kept_for_good(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run()
+    for step in range(1, 8):
+        run.train(range(step - 1, step))
+        runstate.save(tmp_path, step, run.state(), keep=2, milestone=step in (2, 4))
+    assert runstate.steps(tmp_path) == [2, 4, 6, 7]
+    states = tmp_path / "state"
+    assert [runstate.manifest(p).milestone for p in sorted(states.iterdir())] == [1, 1, 0, 0]
+    for step in (6, 7):  # the newest whole one is a milestone
+        truncate(states / f"step-0000000{step}")
+    assert runstate.load_latest(tmp_path, Run(seed=1).state()) == 4
+    assert capsys.readouterr().err.count("warning: ") == 2
+    (states / "step-00000002" / "manifest.json").write_text("{}")  # one that is no state any more
+    runstate.save(tmp_path, 5, run.state(), keep=1)
+    assert runstate.steps(tmp_path) == [4, 5]
+    runstate.save(tmp_path, 3, run.state(), keep=1)
+    assert runstate.steps(tmp_path) == [3], "a milestone of a future that was left is kept"
+
+
+def test_small_files_beside_the_tensors(tmp_path: Path) -> None:
+    path = runstate.save(tmp_path, 1, Run().state(), files={"notes": b"abc"})
+    assert runstate.attached(tmp_path, 1) == {"notes": b"abc"}
+    assert runstate.load_latest(tmp_path, Run(seed=1).state()) == 1
+    (path / "notes").write_bytes(b"abd")
+    with pytest.raises(RunStateError, match="notes does not have the SHA-256"):
+        runstate.load_latest(tmp_path, Run(seed=1).state())
+    runstate.save(tmp_path, 2, Run().state())
+    assert runstate.attached(tmp_path, 2) == {}
+
+
+class Held:
+    """Holds background saves back where they would write, until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.let_go = threading.Event(), threading.Event()
+        write = runstate._write
+
+        def held(*arguments: Any) -> None:
+            self.reached.set()
+            assert self.let_go.wait(30)
+            write(*arguments)
+
+        monkeypatch.setattr(runstate, "_write", held)
+
+
+def test_a_background_save_is_of_its_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = saved_steps(tmp_path, 3)
+    expected = [tensor.clone() for tensor in run.tensors()]
+    files = runstate.manifest(tmp_path / "state" / "step-00000003").files
+    held = Held(monkeypatch)
+    with runstate.Saver(background=True) as saver:
+        saver.save(tmp_path, 3, run.state(), config="abc", keep=9)
+        assert held.reached.wait(30)
+        saver.check()  # nothing to say yet
+        run.train(range(3, 6))
+        held.let_go.set()
+        saver.save(tmp_path, 6, run.state(), keep=9)  # waits for the one before it
+        assert runstate.steps(tmp_path)[0] == 3
+    assert runstate.steps(tmp_path) == [3, 6]
+    assert runstate.noted_config(tmp_path, 3) == "abc"
+    # To the byte what a save at once has written.
+    again = runstate.manifest(tmp_path / "state" / "step-00000003").files
+    assert again["__0_0.distcp"] == files["__0_0.distcp"]
+    shutil.rmtree(tmp_path / "state" / "step-00000006")
+    resumed = Run(seed=1)
+    assert runstate.load_latest(tmp_path, resumed.state()) == 3
+    assert all(map(torch.equal, resumed.tensors(), expected))
+
+
+@pytest.mark.parametrize("where", ["check", "save", "exit"])
+def test_a_failed_background_save_is_raised_by_what_comes_next(where: str, tmp_path: Path) -> None:
+    run = saved_steps(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    saver = runstate.Saver(background=True)
+    message = r"cannot save the run state of step 2 .*File too"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+        with pytest.raises(RunStateError, match=message), saver:
+            saver.save(tmp_path, 2, run.state())
+            while where == "check":
+                saver.check()
+                time.sleep(0.01)
+            if where == "save":
+                saver.save(tmp_path, 3, run.state())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [item.name for item in (tmp_path / "state").iterdir()] == ["step-00000001"]
+    saver.save(tmp_path, 2, run.state())  # said once
+    saver.wait()
+    assert runstate.steps(tmp_path) == [1, 2]
+
+
+def test_a_ctrl_c_beside_a_background_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It interrupts the main thread at once, and the state is whole when the thread ends."""
+    run, held = saved_steps(tmp_path, 1), Held(monkeypatch)
+    saver = runstate.Saver(background=True)
+    with pytest.raises(errors.Interrupted), errors.interruptible(), saver:
+        saver.save(tmp_path, 2, run.state())
+        assert held.reached.wait(30)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+    assert runstate.steps(tmp_path) == [1]
+    held.let_go.set()
+    saver.wait()
+    assert runstate.load_latest(tmp_path, Run(seed=1).state()) == 2
+
+
+def test_another_error_waits_for_a_background_save(tmp_path: Path) -> None:
+    """The run stops on what is not finite: the state of an earlier step is still written."""
+    with pytest.raises(ValueError, match="not finite"), runstate.Saver(background=True) as saver:
+        saver.save(tmp_path, 2, Run().state())
+        raise ValueError("not finite")
+    assert runstate.steps(tmp_path) == [2]
+
+
 def test_a_failed_save_leaves_what_was_there(tmp_path: Path) -> None:
     run = saved_steps(tmp_path, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
