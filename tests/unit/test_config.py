@@ -118,7 +118,7 @@ def test_a_wrong_override_is_named(override: str, parts: list[str]) -> None:
 def test_prompts_of_ones_own_need_negatives_of_ones_own() -> None:
     aware = "nasa_train.alpha=[0, 1]"
     assert config.load("debug", [aware]).nasa_train.alpha == (0.0, 1.0)  # the world has some
-    with pytest.raises(ConfigError, match=r"nasa_train\.alpha: expected negative prompts beside"):
+    with pytest.raises(ConfigError, match=r"nasa_train\.alpha: expected data.negatives beside"):
         config.load("debug", [aware, "data.prompts=mine.txt"])
 
 
