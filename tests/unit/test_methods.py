@@ -107,7 +107,7 @@ def test_the_surrogates_gradient_is_the_vsd_gradient(prediction: str, reduction:
     torch.testing.assert_close(gradient, closed, rtol=1e-9, atol=1e-12)
     (got,) = torch.autograd.grad(surrogate(x0, gradient, reduction).sum(), x0)  # type: ignore[arg-type]
     elements = x0[0].numel() if reduction == "mean" else 1
-    torch.testing.assert_close(got, (closed / elements), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, closed / elements, rtol=1e-9, atol=1e-12)
 
 
 def test_the_dmd_normaliser_divides_by_the_teachers_distance() -> None:

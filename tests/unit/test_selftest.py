@@ -98,9 +98,17 @@ def rounded(self: Schedule, *args: Any, of: Any = Schedule.to_eps) -> Tensor:
     return of(self, *args).float().double()
 
 
+def longer(self: Schedule, *args: Any, of: Any = Schedule.target) -> Tensor:
+    return 1.001 * of(self, *args)
+
+
 def uneven_draws(*args: Any, of: Any = vsd.draw_kappa) -> tuple[Tensor, Tensor]:
     kappa, kappa_lora = of(*args)
     return 0.5 + (kappa - 0.5) ** 2 / 3.5, kappa_lora
+
+
+def shared_draws(*args: Any, of: Any = vsd.draw_kappa) -> tuple[Tensor, Tensor]:
+    return of(*args[:5])
 
 
 GATE: tuple[Group, ...] = (selftest.closed_form, selftest.row_ranges)
@@ -123,11 +131,13 @@ MISTAKES: dict[str, tuple[Any, str, Any, tuple[Group, ...]]] = {
         *(vsd, "draw_kappa", uneven_draws),
         (selftest.linearity, selftest.monte_carlo),
     ),
+    "independent draws are shared": (vsd, "draw_kappa", shared_draws, (selftest.linearity,)),
     "adapters act on all rows": (lora, "rows", all_rows, GATE),
     "adapters act on no row": (lora, "rows", no_rows, GATE),
     "adapters act on a frozen row": (lora, "rows", three_quarters, GATE),
     "the surrogate lacks its half": (vsd, "surrogate", doubled, (selftest.closed_form,)),
     "the target is not detached": (vsd, "surrogate", attached, (selftest.closed_form,)),
+    "the LoRA teacher learns something else": (Schedule, "target", longer, (selftest.denoising,)),
     "fp64 is lost on the way": (Schedule, "to_eps", rounded, (selftest.closed_form,)),
 }
 
