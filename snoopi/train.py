@@ -37,7 +37,7 @@ from snoopi.pictures import write_atomically
 from snoopi.pipeline import Pipeline, load
 from snoopi.runlog import RunLog, read
 from snoopi.tokenize import PromptCut
-from snoopi.trainers import Distiller, TeacherTrainer, Trainer, VAETrainer
+from snoopi.trainers import Distiller, TeacherTrainer, Trainer, VAETrainer, check_clip_loss
 
 DEFAULT = "pgsb_shapes_gap"
 STORES = {"fp32": torch.float32, "fp16": torch.float16}  # model.store
@@ -134,6 +134,7 @@ def _check(config: Config, out: Path, resume: bool) -> None:
     parallel.micro_batches(parallel.slice_of(config.run.batch), config.run.accumulate)
     if config.data.prompts:
         PromptList(config.data.prompts, Noise(config.run.seed))
+    check_clip_loss(config)
     parent = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not parent.is_dir():
         raise ValueError(f"cannot use {out} as a run's folder: {parent} is not a folder")
