@@ -39,7 +39,7 @@ from snoopi.pipeline import Pipeline, load
 from snoopi.runlog import RunLog, event_writer, read
 from snoopi.textcache import TextCache, shards_digest
 from snoopi.tokenize import PromptCut
-from snoopi.trainers import Distiller, TeacherTrainer, Trainer, VAETrainer
+from snoopi.trainers import Distiller, TeacherTrainer, Trainer, VAETrainer, check_clip_loss
 
 DEFAULT = "pgsb_shapes_gap"
 STORES = {"fp32": torch.float32, "fp16": torch.float16}  # model.store
@@ -144,6 +144,7 @@ def _check(config: Config, out: Path, resume: bool) -> None:
         NegativeList(config.data.negatives, Noise(config.run.seed))
     if config.run.tensorboard:
         event_writer()
+    check_clip_loss(config)
     parent = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not parent.is_dir():
         raise ValueError(f"cannot use {out} as a run's folder: {parent} is not a folder")

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,7 +23,7 @@ from snoopi import lora, parallel, zoo
 from snoopi.conditioning import Conditioning
 from snoopi.config import Config, Optim
 from snoopi.data import NegativeList, PromptList
-from snoopi.folders import Clip, load_clip, load_tools
+from snoopi.folders import Clip, load_clip, load_tools, read_tools
 from snoopi.guidance import NASA
 from snoopi.health import PROBES, Health
 from snoopi.methods.autoencode import autoencoding_loss
@@ -633,6 +634,15 @@ class ClipNetworks(NamedTuple):
         with precision():
             texts = text_embeddings(self.clip.text_encoder, self.clip.tokenizer, prompts)
         return clip_loss(x0, texts, tau, self.decoder, self.clip.image_encoder, precision)
+
+
+def check_clip_loss(config: Config) -> None:
+    """ValueError, before minutes of reading a teacher, for folders that are none of tools."""
+    section = config.clip_loss
+    for name in ("model", "taesd"):
+        if section.weight and name in ("model", section.decoder):
+            with _named(f"clip_loss.{name}"):
+                read_tools(Path(getattr(section, name)))
 
 
 @contextmanager

@@ -165,6 +165,23 @@ def test_three_steps(
     assert "snoopi.train" not in capsys.readouterr().err  # no complaint
 
 
+@pytest.mark.parametrize("key", ["model", "taesd"])
+def test_a_missing_tool_is_said_before_the_teacher_is_read(
+    key: str,
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On one line that names the key; nothing is written."""
+    monkeypatch.chdir(models)
+    words = ["pgsb_sd21", "model.teacher=models/nowhere", f"clip_loss.{key}=models/gone"]
+    assert train.main([*words, "--out", str(tmp_path / "run")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and f"clip_loss.{key}: models/gone is not a model folder" in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_two_ranks_are_one_process(models: Path, tmp_path: Path) -> None:
     """A sharded LoRA student with the CLIP loss; its merged folder, too."""

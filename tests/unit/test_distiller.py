@@ -89,12 +89,19 @@ def test_the_model_folder_holds_the_merged_student() -> None:
 def test_two_time_scales_update_the_student_at_every_kth_step() -> None:
     trainer = distiller("vsd.every=2")
     states, rows, fakes = [weights(trainer)], [], [trainer.pair.state_dict()]
+    averages = []
     for step in range(4):
         fakes.append({k: v.clone() for k, v in trainer.pair.state_dict().items()})
         rows.append(trainer.step(step))
         states.append(weights(trainer))
+        averages.append({k: v.clone() for k, v in trainer.average.average.items()})
     same = [equal(a, b) for a, b in pairwise(states)]
     assert same == [True, False, True, False]
+    # The average moves with the student alone, and its ramp counts updates: 1/10, then 2/11.
+    assert equal(averages[1], averages[2])
+    for name, got in averages[3].items():
+        want = torch.lerp(averages[1][name], states[4][name], 9 / 11)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
     assert ["loss_vsd" in row for row in rows] == [False, True, False, True]
     assert all("loss_lora" in row and row["grad_norm_lora"] > 0 for row in rows)
     assert all(not equal(a, b) for a, b in pairwise(fakes[1:]))
