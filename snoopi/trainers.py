@@ -339,7 +339,7 @@ class Distiller:
         # Means, not the last: a figure that is not finite shows, whichever update it is of.
         row |= {name: sum(each[name] for each in rows) / updates for name in rows[0]}
         self.average.update(self.student, step)
-        if self.health and (step + 1) % self.config.run.save == 0:
+        if self.health and self.health.due(step + 1, self.config.run.steps):
             self._probe(self.health)
         return row
 
