@@ -67,7 +67,11 @@ class Health:
 
     @torch.no_grad()
     def pictures(self, x0: Tensor) -> None:
-        """The student's pictures of a step [b c h w]; one alone tells nothing."""
+        """Pictures of one part of a step [b c h w]; one alone tells nothing.
+
+        Pairs of different parts or ranks are not compared: that would gather all pictures. The mean
+        is of the same expectation, so a curve may have a small step where the ranks change.
+        """
         if len(x0) > 1:
             self._add("diversity", diversity(x0))
 
