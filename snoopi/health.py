@@ -25,6 +25,7 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 PROBES = 8  # fixed pictures whose x0 is compared over a run, at most
+LOOKS = 20  # looks at the probes in a run
 BINS_T, BINS_KAPPA = 5, 4
 COLLAPSE = 0.5  # a diversity below this share of the run's first one is an alarm
 _FIGURES = ("diversity", "drift_start", "drift_last", "denoise_lora", "denoise_frozen")
@@ -66,7 +67,11 @@ class Health:
 
     @torch.no_grad()
     def pictures(self, x0: Tensor) -> None:
-        """The student's pictures of a step [b c h w]; one alone tells nothing."""
+        """Pictures of one part of a step [b c h w]; one alone tells nothing.
+
+        Pairs of different parts or ranks are not compared: that would gather all pictures. The mean
+        is of the same expectation, so a curve may have a small step where the ranks change.
+        """
         if len(x0) > 1:
             self._add("diversity", diversity(x0))
 
@@ -80,6 +85,14 @@ class Health:
     def probed(self) -> bool:
         """Whether there is a first x0 of the probes to compare with."""
         return self._start is not None
+
+    @staticmethod
+    def due(done: int, steps: int) -> bool:
+        """Whether to look at the probes after `done` of `steps` updates: LOOKS times a run.
+
+        Not at every state: when a run saves may change on resuming, its rows must not.
+        """
+        return done % math.ceil(steps / LOOKS) == 0
 
     @torch.no_grad()
     def probe(self, x0: Tensor) -> None:

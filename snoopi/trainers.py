@@ -368,7 +368,7 @@ class Distiller:
         row |= {name: sum(each[name] for each in rows) / updates for name in rows[0]}
         if turn:
             self.average.update(self.student, step // every)
-        if self.health and (step + 1) % self.config.run.save == 0:
+        if self.health and self.health.due(step + 1, self.config.run.steps):
             self._probe(self.health)
         return row
 

@@ -190,6 +190,89 @@ def test_torchrun_passes_signals_and_lines_on(out: Path, reference: Path, warm: 
     resumed(warm, out, reference, QUIET)
 
 
+# --- kill -9 of a rank ----------------------------------------------------------------------------
+
+RANK_KILLS = int(os.environ.get("SNOOPI_RANK_KILLS", "2"))
+TWO_RANKS = (*FAST, QUIET, "run.steps=10", "run.keep=3", "run.milestones=5")
+
+
+def torchrun(out: Path, *words: str, restarts: int = 0) -> subprocess.Popen[str]:
+    """Two ranks, under a launcher that starts both anew when one dies."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node=2", f"--max-restarts={restarts}", "-m", "snoopi.train"]
+    with out.with_suffix(".err").open("w") as stream:
+        return subprocess.Popen(
+            [*launcher, *TWO_RANKS, *words, "--out", str(out), "--resume"],
+            env=ENV,
+            stdout=stream,
+            stderr=stream,
+            text=True,
+        )
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """{rank: process id} of the ranks that a torchrun has now."""
+    found = {}
+    try:
+        children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+        for child in children:
+            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            rank = next((int(v[5:]) for v in variables if v.startswith(b"RANK=")), None)
+            if rank is not None:
+                found[rank] = int(child)
+    except OSError:  # one of them has just ended
+        return {}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("words", [(), ("run.async_save=true",)], ids=["at once", "background"])
+def test_kill_9_of_any_rank_and_torchruns_restart(
+    out: Path, reference: Path, words: tuple[str, ...]
+) -> None:
+    """`SNOOPI_RANK_KILLS=20 pytest -m slow -k any_rank` kills 20 times; SNOOPI_KILL_SEED repeats.
+
+    A rank dies at a random time of a life, or while a state is written; torchrun starts both anew,
+    and the run ends as one that nobody killed.
+    """
+    seed = int(os.environ.get("SNOOPI_KILL_SEED", random.SystemRandom().randrange(2**32)))
+    print(f"seed of the moments (SNOOPI_KILL_SEED): {seed}")
+    rng = random.Random(seed)
+    straight = out.with_name("straight")
+    assert torchrun(straight).wait(timeout=300) == 0, straight.with_suffix(".err").read_text()
+    launched = torchrun(out, *words, restarts=RANK_KILLS)
+    steps_at_death: list[int] = []
+    killed: set[int] = set()
+    while len(steps_at_death) < RANK_KILLS and launched.poll() is None:
+        before = row_count(out)
+        kind = rng.choice(["row", "row", "state"])
+        later = before + rng.randint(1, 3)
+
+        def now(kind: str = kind, later: int = later) -> bool:
+            if kind == "state":
+                return any(writing_state(out, step) for step in range(2, 11))
+            return row_count(out) >= later
+
+        while launched.poll() is None and not now():
+            time.sleep(0.005)
+        ranks = {r: pid for r, pid in ranks_of(launched.pid).items() if pid not in killed}
+        if len(ranks) == 2:
+            os.kill(ranks[rng.randrange(2)], signal.SIGKILL)
+            killed |= set(ranks.values())
+            steps_at_death.append(row_count(out))
+        while launched.poll() is None and not set(ranks_of(launched.pid).values()) - killed:
+            time.sleep(0.05)
+    assert launched.wait(timeout=300) == 0, out.with_suffix(".err").read_text()
+    print(f"steps when killed: {steps_at_death}")
+    assert steps_at_death, "nobody was killed"
+    assert rows(out) == rows(straight), f"seed {seed}"
+    assert_nothing_half(out)
+    weights = [model_bytes(each)["backbone.safetensors"] for each in (out, straight)]
+    assert weights[0] == weights[1]
+    assert runstate.steps(out) == runstate.steps(straight) == [5, 6, 8, 10]
+
+
 # --- kill -9 --------------------------------------------------------------------------------------
 
 

@@ -80,6 +80,11 @@ def test_drift_of_the_probes() -> None:
     assert figures(it) == {"drift_start": (3 + 2) / 2, "drift_last": (3 + 1) / 2}
 
 
+@pytest.mark.parametrize(("steps", "looks"), [(1, 1), (6, 6), (20, 20), (21, 10), (60_000, 20)])
+def test_a_run_looks_at_its_probes_some_times(steps: int, looks: int) -> None:
+    assert sum(Health.due(done, steps) for done in range(1, steps + 1)) == looks
+
+
 def test_ranks_and_parts_add_up() -> None:
     gap, t = torch.rand(8), torch.randint(20, 980, (8,))
     kappa = torch.rand(8) * 4 + 0.5
