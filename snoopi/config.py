@@ -211,6 +211,9 @@ class Parallel:
 
     shard: Literal["auto", "always", "never"] = _key("auto", "FSDP2; auto: with more than one rank")
     checkpointing: bool = _key(False, "recompute each block's activations in the backward pass")
+    teacher_pass: Literal["fused", "sequential"] = _key(
+        "fused", "both teachers in one call of four batches, or in four calls (less memory)"
+    )
 
 
 @dataclass(frozen=True)
@@ -275,7 +278,7 @@ class Config:
 
 
 _DISTIL = (
-    *("kappa", "vsd", "lora", "optim.lora"),
+    *("kappa", "vsd", "lora", "optim.lora", "parallel.teacher_pass"),
     *("data.prompts", "model.teacher", "model.student_init"),
 )
 # Sections and keys that a method does not read. Setting one is an error: it would change nothing.

@@ -176,8 +176,11 @@ def _trainer(config: Config, device: torch.device, source: Path | None) -> Train
 
 
 def _load(key: str, folder: Path) -> Pipeline:
-    """A model folder with all that its use needs, in fp32, in which runs keep their weights."""
-    found = load(folder, dtype=torch.float32)
+    """A model folder with all that its use needs, in fp32, in which runs keep their weights.
+
+    The backbone is not read here: the trainer streams it to where its parts belong.
+    """
+    found = load(folder, dtype=torch.float32, defer=("backbone",))
     texts = [*found.text_encoders, *found.tokenizers]
     lacks = {
         "model.vae": {"vae": found.vae is None},

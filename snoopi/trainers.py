@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from snoopi import lora, parallel, zoo
 from snoopi.conditioning import Conditioning
 from snoopi.config import Config, Optim
 from snoopi.data import PromptList
+from snoopi.folders import WeightFile, is_deferred, weights_path
 from snoopi.methods.autoencode import autoencoding_loss
 from snoopi.methods.denoise import denoising_loss, draw_timesteps, drop_text
 from snoopi.methods.ema import EMA
@@ -300,9 +302,11 @@ class Distiller:
         if start is None or start.config != frozen.config:
             raise ValueError("model.student_init: its backbone must have the teacher's sizes")
         start = copy.deepcopy(start).requires_grad_(True).train()
-        self.student = _spread(start, config, device)
+        self.student = _spread(start, config, device, (student or teacher).folder)
         lora.inject(frozen, config.lora.targets, config.lora.rank, config.lora.gamma, self.noise)
-        self.pair = _spread(frozen, config, device)
+        if config.run.dtype == "bf16":
+            parallel.store_bf16(frozen)
+        self.pair = _spread(frozen, config, device, teacher.folder)
         run = config.run
         self.student_optimizer = Optimizer(config.optim.student, run.steps, student=self.student)
         updates = run.steps * config.lora.updates_per_step
@@ -365,7 +369,9 @@ class Distiller:
         x_t = self.schedule.add_noise(x0, self._normal("eps", step, part.indices), t)
         kappa, kappa_lora = self._kappa(step, part.indices)
         with parallel.autocast(self.device, self.config.run.dtype):
-            scores = teacher_scores(self.pair, x_t, t, part.cond, self.null, kappa, kappa_lora)
+            passes = self.config.parallel.teacher_pass
+            texts = (part.cond, self.null)
+            scores = teacher_scores(self.pair, x_t, t, *texts, kappa, kappa_lora, passes)
         gradient = vsd_gradient(self.schedule, scores, x0, x_t, t, vsd.weight, vsd.normaliser)
         # Means over samples, so that parts and ranks add up to the figure of the whole batch.
         gap = (scores.teacher - scores.lora_teacher).square().flatten(1).mean(1).sqrt().mean()
@@ -465,8 +471,11 @@ def _dtype(config: Config) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.ema.dtype]
 
 
-def _spread(net: Any, config: Config, device: torch.device) -> Any:
-    """Activation checkpointing and FSDP2 as the recipe says; in place."""
+def _spread(net: Any, config: Config, device: torch.device, folder: Path | None = None) -> Any:
+    """Activation checkpointing and FSDP2 as the recipe says; in place.
+
+    A backbone that `load` has deferred is read now from its model folder, by each rank its part.
+    """
     if config.parallel.checkpointing:
         parallel.checkpoint_blocks(net.blocks())
     if not parallel.is_sharded(config.parallel.shard):  # FSDP2 takes contiguous parameters only
@@ -477,7 +486,21 @@ def _spread(net: Any, config: Config, device: torch.device) -> Any:
         policy=config.parallel.shard,
         dtype=config.run.dtype,
         device=device,
+        read=_reader(net, folder, Noise(config.run.seed)) if folder and is_deferred(net) else None,
     )
+
+
+def _reader(net: nn.Module, folder: Path, noise: Noise) -> parallel.Read:
+    """Rows of a backbone's tensors: of its file, or as `lora.inject` starts its adapters."""
+    file = WeightFile(weights_path(folder, "backbone"), net)
+    shapes = {name: value.shape for name, value in net.state_dict().items()}
+
+    def read(name: str, rows: slice) -> Tensor:
+        if name.endswith(lora.SUFFIXES):
+            return lora.initial(name, shapes[name], noise)[rows]
+        return file.rows(name, rows)
+
+    return read
 
 
 def _averaged(spec: zoo.ModelSpec, part: str, net: nn.Module, average: EMA, config: Config) -> Any:
