@@ -261,6 +261,9 @@ class Parallel:
 
     shard: Literal["auto", "always", "never"] = _key("auto", "FSDP2; auto: with more than one rank")
     checkpointing: bool = _key(False, "recompute each block's activations in the backward pass")
+    teacher_pass: Literal["fused", "sequential"] = _key(
+        "fused", "both teachers in one call of four batches, or in four calls (less memory)"
+    )
 
 
 @dataclass(frozen=True)
@@ -338,7 +341,16 @@ class Config:
 
 
 _DISTIL = (
-    *("kappa", "vsd", "lora", "student_lora", "clip_loss", "nasa_train", "optim.lora"),
+    *(
+        "kappa",
+        "vsd",
+        "lora",
+        "student_lora",
+        "clip_loss",
+        "nasa_train",
+        "optim.lora",
+        "parallel.teacher_pass",
+    ),
     *("data.prompts", "data.cache", "data.negatives"),
     *("model.teacher", "model.student_init", "model.student", "run.health"),
 )

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from snoopi import lora
 from snoopi.errors import writing
 from snoopi.tokenize import Tokenizer
 from snoopi.zoo import ModelSpec, ToolSpec, build, text_part
@@ -174,14 +175,60 @@ def load_part(
     folder: Path, spec: ModelSpec | ToolSpec, part: str, dtype: torch.dtype | None, widen: bool
 ) -> nn.Module | None:
     """One network of a folder, None where its file is absent; dtype, widen: see load_weights."""
-    path = folder / f"{part}.safetensors"
-    if not path.is_file():
+    net = _built(folder, spec, part)
+    return None if net is None else load_weights(net, weights_path(folder, part), dtype, widen)
+
+
+def defer_part(folder: Path, spec: ModelSpec | ToolSpec, part: str) -> nn.Module | None:
+    """As `load_part`, but on the meta device: its file is checked, and not read yet."""
+    net = _built(folder, spec, part)
+    if net is not None:
+        WeightFile(weights_path(folder, part), net)
+    return net
+
+
+def weights_path(folder: Path, part: str) -> Path:
+    """The file of one network in a model folder."""
+    return folder / f"{part}.safetensors"
+
+
+def is_deferred(net: nn.Module) -> bool:
+    """Whether a network has no memory yet."""
+    return any(value.is_meta for value in net.state_dict().values())
+
+
+def _built(folder: Path, spec: ModelSpec | ToolSpec, part: str) -> nn.Module | None:
+    """A part's network on the meta device, None where its file is absent."""
+    if not weights_path(folder, part).is_file():
         return None
     try:
-        net = build(spec, part)
+        return build(spec, part)
     except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:
         raise ValueError(f"{folder / SPEC_FILE}: no {part} has these sizes: {error}") from error
-    return load_weights(net, path, dtype, widen)
+
+
+class WeightFile:
+    """A safetensors file that fits a network, read by rows: a rank maps no more than it takes.
+
+    net: with or without adapters (which no file of a model folder holds). Raises ValueError as
+    `load_weights` does, before anything is read.
+    """
+
+    def __init__(self, path: Path, net: nn.Module) -> None:
+        try:
+            self._file = safe_open(path, framework="pt")
+            names = self._file.keys()
+            found = {name: _header(self._file.get_slice(name)) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        _check_fits(net, path, found)
+        self._shapes = {name: shape for name, (shape, _, _) in found.items()}
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows (along the first dimension) of a tensor, as stored; a scalar as a whole."""
+        if not self._shapes[name]:
+            return self._file.get_tensor(name)
+        return self._file.get_slice(name)[rows]
 
 
 def load_weights(
@@ -196,31 +243,45 @@ def load_weights(
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    wanted = net.state_dict()
-    expected = {name: list(tensor.shape) for name, tensor in wanted.items()}
-    trouble = [f"lacks {name}" for name in expected if name not in state]
-    trouble += [f"has an unexpected {name}" for name in state if name not in expected]
-    trouble += [
-        f"{name} must be {expected[name]}, got {list(tensor.shape)}"
-        for name, tensor in state.items()
-        if name in expected and list(tensor.shape) != expected[name]
-    ]
-    trouble += [
-        f"{name} must be of a floating type, got {tensor.dtype}"
-        for name, tensor in state.items()
-        if name in wanted and wanted[name].is_floating_point() != tensor.is_floating_point()
-    ]
-    if trouble:
-        more = f"; and {len(trouble) - 5} more" if len(trouble) > 5 else ""
-        raise ValueError(
-            f"{path} does not fit {type(net).__name__}: {'; '.join(trouble[:5])}{more}"
-        )
+    found = {k: (list(v.shape), v.is_floating_point(), v.dtype) for k, v in state.items()}
+    _check_fits(net, path, found)
     if dtype is not None:
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     if widen:
         state = {k: v.float() if v.dtype == torch.float16 else v for k, v in state.items()}
     net.load_state_dict(state, assign=True)
     return net
+
+
+def _header(part: Any) -> tuple[list[int], bool, str]:
+    """Shape, whether floating, and type of a tensor that safetensors has not read."""
+    dtype = part.get_dtype()
+    return list(part.get_shape()), dtype.startswith(("F", "BF")), dtype
+
+
+def _check_fits(
+    net: nn.Module, path: Path, found: Mapping[str, tuple[list[int], bool, Any]]
+) -> None:
+    """ValueError unless a file's tensors (shape, whether floating, type) are the network's."""
+    wanted = {k: v for k, v in net.state_dict().items() if not k.endswith(lora.SUFFIXES)}
+    expected = {name: list(tensor.shape) for name, tensor in wanted.items()}
+    trouble = [f"lacks {name}" for name in expected if name not in found]
+    trouble += [f"has an unexpected {name}" for name in found if name not in expected]
+    trouble += [
+        f"{name} must be {expected[name]}, got {shape}"
+        for name, (shape, _, _) in found.items()
+        if name in expected and shape != expected[name]
+    ]
+    trouble += [
+        f"{name} must be of a floating type, got {dtype}"
+        for name, (_, floating, dtype) in found.items()
+        if name in wanted and wanted[name].is_floating_point() != floating
+    ]
+    if trouble:
+        more = f"; and {len(trouble) - 5} more" if len(trouble) > 5 else ""
+        raise ValueError(
+            f"{path} does not fit {type(net).__name__}: {'; '.join(trouble[:5])}{more}"
+        )
 
 
 def load_tokenizer(folder: Path, spec: ModelSpec | ToolSpec, index: int) -> Tokenizer | None:

@@ -110,12 +110,21 @@ def _matches(name: str, target: str) -> bool:
 def _adopt(layer: nn.Module, name: str, rank: int, multiplier: float, noise: Noise) -> None:
     """Give a layer a random first factor and a second one of zeros."""
     weight: nn.Parameter = layer.weight  # type: ignore[assignment]
-    shape_a = (rank, *weight.shape[1:])
     shape_b = (weight.shape[0], rank, *(1 for _ in weight.shape[2:]))
-    bound = 1 / math.sqrt(math.prod(shape_a[1:]))  # kaiming_uniform_ with a = sqrt(5)
-    init = noise.uniform(f"init {name}", 0, [0], -bound, bound, shape_a)[0]
-    a = init.to(weight.device, torch.float32)
+    a = initial(f"{name}.lora_a", (rank, *weight.shape[1:]), noise).to(weight.device)
     attach(layer, name, a, torch.zeros(shape_b, device=weight.device), multiplier)
+
+
+def initial(name: str, shape: Sequence[int], noise: Noise) -> Tensor:
+    """What `inject` gives the adapter tensor of a dotted name ("x.to_q.lora_a"), fp32 on the CPU.
+
+    A network that was injected on the meta device is filled by it afterwards.
+    """
+    layer, factor = name.rsplit(".", 1)
+    if factor == "lora_b":
+        return torch.zeros(tuple(shape))
+    bound = 1 / math.sqrt(math.prod(shape[1:]))  # kaiming_uniform_ with a = sqrt(5)
+    return noise.uniform(f"init {layer}", 0, [0], -bound, bound, shape)[0]
 
 
 def attach(layer: nn.Module, name: str, a: Tensor, b: Tensor, multiplier: float) -> None:

@@ -12,7 +12,7 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ from snoopi.errors import Interrupted
 
 Shard = Literal["auto", "always", "never"]
 Dtype = Literal["fp32", "bf16"]
+Read = Callable[[str, slice], Tensor]  # rows of a named tensor
 
 
 # --- ranks ----------------------------------------------------------------------------------------
@@ -236,12 +237,17 @@ def shard(
     dtype: Dtype = "fp32",
     device: torch.device | None = None,
     methods: Sequence[str] = (),
+    read: Read | None = None,
 ) -> nn.Module:
     """Apply FSDP2 in place: one group for each block, one for the rest. Returns the module.
 
     Build optimizers and averages after this call: it replaces Parameters. Only `forward` (and the
     `methods` named here, for example "encode") gathers the weights. Without sharding the module is
     only moved to the device.
+
+    read(name, rows): of a module on the meta device, the rows (along the first dimension) of a
+    parameter or buffer. Memory is made after sharding, for this rank's part alone, and filled
+    tensor by tensor, so that no rank ever holds the whole network.
 
     With bf16 the weights are gathered in bf16, gradients are reduced in fp32, and no input is cast:
     FSDP2's default would turn a float timestep of 999 into 1000.
@@ -251,11 +257,13 @@ def shard(
             a parameter without dimensions is trainable.
     """
     device = device or torch.device("cpu")
-    module.to(device)
+    if read is None:
+        module.to(device)
     if world_size() > 1:
-        check_equal(f"the initial weights of {type(module).__name__}", fingerprint(module))
+        seen = fingerprint(module) if read is None else _glance(module, read)
+        check_equal(f"the initial weights of {type(module).__name__}", seen)
     if not is_sharded(policy):
-        return module
+        return module if read is None else _fill(module, device, read)
     if not dist.is_initialized():
         raise ValueError("parallel.shard = 'always' at one rank needs setup(group=True)")
     # A scalar (CLIP's temperature) cannot be divided: every rank keeps it whole, which is right for
@@ -272,6 +280,40 @@ def shard(
     )
     for name in methods:
         register_fsdp_forward_method(module, name)
+    return module if read is None else _fill(module, device, read)
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, device: torch.device, read: Read) -> nn.Module:
+    """Give a meta module memory, and each tensor this rank's rows. FSDP2 divides as torch.chunk."""
+    module.to_empty(device=device)
+    for name, value in module.state_dict().items():
+        local, first = _local(value), 0
+        if isinstance(value, DTensor):
+            share = -(-len(value) // world_size())  # rows of every rank but the last ones
+            first = min(rank() * share, len(value))
+        rows = slice(first, first + len(local)) if local.ndim else slice(None)
+        if local.numel():
+            local.copy_(read(name, rows))
+    return module
+
+
+def _glance(module: nn.Module, read: Read) -> list[float]:
+    """As `fingerprint`, of every tensor's first row alone: ranks may read different files."""
+    first = (read(name, slice(0, 1)).double() for name in module.state_dict())
+    sums = [(row.sum().item(), row.abs().sum().item()) for row in first]
+    return [sum(column) for column in zip(*sums, strict=True)]
+
+
+def store_bf16(module: nn.Module) -> nn.Module:
+    """Keep frozen weights of matrix products and convolutions in bf16, in place.
+
+    Under `autocast` it is what each call would make of them, so no result changes: half the memory,
+    and nothing to cast. Norms, biases, tables and whatever trains stay as they are.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not layer.weight.requires_grad:
+            layer.weight = nn.Parameter(layer.weight.to(torch.bfloat16), requires_grad=False)
     return module
 
 

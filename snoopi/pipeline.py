@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from snoopi.conditioning import Conditioning
 from snoopi.folders import (
+    defer_part,
+    is_deferred,
     load_part,
     load_tokenizer,
     read_spec,
@@ -63,7 +65,7 @@ class Pipeline:
     """Prompt -> tokenizer -> text encoder -> backbone -> VAE -> picture.
 
     backbone, vae, text_encoders, tokenizers: modules of snoopi.models (and Tokenizers), or None
-    where the model folder has none. spec: its ModelSpec.
+    where the model folder has none. spec: its ModelSpec. folder: where `load` found it.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Pipeline:
         self.text_encoders = list(text_encoders) or [None] * len(spec.text)
         self.tokenizers = list(tokenizers) or [None] * len(spec.text)
         self.provenance = dict(provenance or {})
+        self.folder: Path | None = None
 
     @torch.no_grad()
     def __call__(
@@ -383,9 +386,9 @@ class Pipeline:
             raise ValueError(f"this model folder lacks {', '.join(missing)} (or its tokenizer)")
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Pipeline:
-        """Move every network, in place; returns the pipeline."""
+        """Move every network that has memory, in place; returns the pipeline."""
         for net in (self.backbone, self.vae, *self.text_encoders):
-            if net is not None:
+            if net is not None and not is_deferred(net):
                 net.to(device=device, dtype=dtype)
         return self
 
@@ -431,6 +434,7 @@ def load(
     dtype: torch.dtype | None = None,
     optimize: str = "none",
     without: Collection[str] = (),
+    defer: Collection[str] = (),
 ) -> Pipeline:
     """A Pipeline from a model folder: memory-mapped safetensors assigned to meta networks.
 
@@ -438,6 +442,7 @@ def load(
     little fp16, and it would be slower besides. optimize: "none", or "auto" for weights laid out
     for inference (in this version convolutions in channels-last, equal to "none" up to rounding).
     without: parts that are left out as if their files were absent, for example "text_encoder".
+    defer: parts that stay on the meta device; their files are checked, and read by who needs them.
     Raises ValueError for a folder that is not a model folder, or whose files do not fit its
     snoopi.json.
     """
@@ -447,12 +452,17 @@ def load(
     spec, provenance = read_spec(folder)
     widen = dtype is None and torch.device(device).type == "cpu"
     parts = {
-        part: None if part in without else load_part(folder, spec, part, dtype, widen)
+        part: None
+        if part in without
+        else defer_part(folder, spec, part)
+        if part in defer
+        else load_part(folder, spec, part, dtype, widen)
         for part in spec.parts()
     }
     tokenizers = [load_tokenizer(folder, spec, i) for i in range(len(spec.text))]
     texts = [parts[text_part(i)] for i in range(len(spec.text))]
     pipeline = Pipeline(spec, parts["backbone"], parts["vae"], texts, tokenizers, provenance)
+    pipeline.folder = folder
     if optimize == "auto":
         for net in (pipeline.backbone, pipeline.vae):
             if net is not None:

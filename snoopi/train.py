@@ -201,11 +201,12 @@ def _cache(config: Config, source: Path) -> TextCache | None:
 def _load(key: str, folder: Path, texts: bool = True) -> Pipeline:
     """A model folder with all that its use needs, in fp32, in which runs keep their weights.
 
-    texts: whether its text encoders are needed.
+    texts: whether its text encoders are needed. The backbone is not read here: the trainer streams
+    it to where its parts belong.
     """
     spec, _ = read_spec(folder)
     without = () if texts else [part for part in spec.parts() if part.startswith("text_encoder")]
-    found = load(folder, dtype=torch.float32, without=without)
+    found = load(folder, dtype=torch.float32, without=without, defer=("backbone",))
     read = [*found.tokenizers, *(found.text_encoders if texts else ())]
     lacks = {
         "model.vae": {"vae": found.vae is None},

@@ -23,7 +23,15 @@ from snoopi import lora, parallel, zoo
 from snoopi.conditioning import Conditioning
 from snoopi.config import Config, Optim
 from snoopi.data import NegativeList, PromptList
-from snoopi.folders import Clip, load_clip, load_tools, read_tools
+from snoopi.folders import (
+    Clip,
+    WeightFile,
+    is_deferred,
+    load_clip,
+    load_tools,
+    read_tools,
+    weights_path,
+)
 from snoopi.guidance import NASA
 from snoopi.health import PROBES, Health
 from snoopi.methods.autoencode import autoencoding_loss
@@ -326,9 +334,11 @@ class Distiller:
         if config.model.student == "lora":
             own = config.student_lora
             lora.inject(start, own.targets, own.rank, own.gamma, self.noise)
-        self.student = _spread(start, config, device)
+        self.student = _spread(start, config, device, (student or teacher).folder)
         lora.inject(frozen, config.lora.targets, config.lora.rank, config.lora.gamma, self.noise)
-        self.pair = _spread(frozen, config, device)
+        if config.run.dtype == "bf16":
+            parallel.store_bf16(frozen)
+        self.pair = _spread(frozen, config, device, teacher.folder)
         run = config.run
         self.student_optimizer = Optimizer(config.optim.student, run.steps, student=self.student)
         updates = run.steps * config.lora.updates_per_step
@@ -510,8 +520,10 @@ class Distiller:
         kappa, kappa_lora = self._kappa(step, part.indices)
         with parallel.autocast(self.device, self.config.run.dtype):
             away = part.negative if self.aware else None  # the frozen teacher's null text (Eq. 5)
+            passes = self.config.parallel.teacher_pass
+            texts = (part.cond, self.null)
             scores = teacher_scores(
-                self.pair, x_t, t, part.cond, self.null, kappa, kappa_lora, negative=away
+                self.pair, x_t, t, *texts, kappa, kappa_lora, passes, negative=away
             )
         gradient = vsd_gradient(self.schedule, scores, x0, x_t, t, vsd.weight, vsd.normaliser)
         # Means over samples, so that parts and ranks add up to the figure of the whole batch.
@@ -687,8 +699,11 @@ def _dtype(config: Config) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.ema.dtype]
 
 
-def _spread(net: Any, config: Config, device: torch.device) -> Any:
-    """Activation checkpointing and FSDP2 as the recipe says; in place."""
+def _spread(net: Any, config: Config, device: torch.device, folder: Path | None = None) -> Any:
+    """Activation checkpointing and FSDP2 as the recipe says; in place.
+
+    A backbone that `load` has deferred is read now from its model folder, by each rank its part.
+    """
     if config.parallel.checkpointing:
         parallel.checkpoint_blocks(net.blocks())
     if not parallel.is_sharded(config.parallel.shard):  # FSDP2 takes contiguous parameters only
@@ -699,7 +714,21 @@ def _spread(net: Any, config: Config, device: torch.device) -> Any:
         policy=config.parallel.shard,
         dtype=config.run.dtype,
         device=device,
+        read=_reader(net, folder, Noise(config.run.seed)) if folder and is_deferred(net) else None,
     )
+
+
+def _reader(net: nn.Module, folder: Path, noise: Noise) -> parallel.Read:
+    """Rows of a backbone's tensors: of its file, or as `lora.inject` starts its adapters."""
+    file = WeightFile(weights_path(folder, "backbone"), net)
+    shapes = {name: value.shape for name, value in net.state_dict().items()}
+
+    def read(name: str, rows: slice) -> Tensor:
+        if name.endswith(lora.SUFFIXES):
+            return lora.initial(name, shapes[name], noise)[rows]
+        return file.rows(name, rows)
+
+    return read
 
 
 def _averaged(spec: zoo.ModelSpec, part: str, net: nn.Module, average: EMA, config: Config) -> Any:

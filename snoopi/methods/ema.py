@@ -13,6 +13,7 @@ class EMA:
 
     The ramp lets the first updates forget the random start. dtype: storage of the average; the
     update runs in it. Sharded parameters give a sharded average. Build it after sharding.
+    decay 0 is no average: nothing is kept.
     """
 
     def __init__(self, net: nn.Module, decay: float, dtype: torch.dtype = torch.float32) -> None:
@@ -20,12 +21,14 @@ class EMA:
         self.average = {
             name: p.detach().to(dtype, copy=True)
             for name, p in net.named_parameters()
-            if p.requires_grad
+            if p.requires_grad and decay
         }
 
     @torch.no_grad()
     def update(self, net: nn.Module, step: int) -> None:
         """One update with the weights after `step` (counted from 0)."""
+        if not self.average:
+            return
         decay = min(self.decay, (1 + step) / (10 + step))
         weights = dict(net.named_parameters())
         averages = list(self.average.values())

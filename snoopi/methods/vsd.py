@@ -19,6 +19,7 @@ from snoopi.noise import Noise
 from snoopi.schedule import Schedule, upcast
 
 Range = tuple[float, float]
+Passes = Literal["fused", "sequential"]
 
 
 class TeacherScores(NamedTuple):
@@ -59,24 +60,39 @@ def teacher_scores(
     null: Conditioning,
     kappa: Tensor,
     kappa_lora: Tensor,
+    passes: Passes = "fused",
     *,
     negative: Conditioning | None = None,
 ) -> TeacherScores:
-    """Both teachers' guided predictions from one call on 4b rows (Eq. 4 for each).
+    """Both teachers' guided predictions (Eq. 4 for each).
 
-    The rows are [frozen y, frozen null | lora y, lora null]; adapters act on the second half, so
-    the frozen rows are bit-equal to the network without adapters and one sharded copy serves both.
-    x_t [b c h w], t int [b], kappa, kappa_lora [b]. negative: the frozen teacher's unconditional
-    text in place of null (Eq. 5), for negative-aware training; the LoRA teacher keeps null.
+    passes "fused": one call on 4b rows, [frozen y, frozen null | lora y, lora null]; adapters act
+    on the second half, so the frozen rows are bit-equal to the network without adapters and one
+    sharded copy serves both, gathered once. "sequential": four calls on b rows, equal to rounding,
+    with a quarter of the activations. x_t [b c h w], t int [b], kappa, kappa_lora [b]. negative:
+    the frozen teacher's unconditional text in place of null (Eq. 5), for negative-aware training;
+    the LoRA teacher keeps null.
     """
     b = len(x_t)
     null = null.expand(b)
     away = null if negative is None else negative.expand(b)
-    texts = concat([cond, away, cond, null])
-    with lora.rows(pair, 2 * b):
-        out = upcast(pair(x_t.repeat(4, 1, 1, 1), t.repeat(4), texts))  # [4b c h w]
-    c_psi, u_psi, c_phi, u_phi = out.chunk(4)
+    texts = (cond, away, cond, null)
+    if passes == "fused":
+        with lora.rows(pair, 2 * b):
+            out = upcast(pair(x_t.repeat(4, 1, 1, 1), t.repeat(4), concat(texts)))  # [4b c h w]
+        c_psi, u_psi, c_phi, u_phi = out.chunk(4)
+    else:
+        c_psi, u_psi, c_phi, u_phi = (
+            _rows_from(pair, first, x_t, t, text)
+            for first, text in zip((b, b, 0, 0), texts, strict=True)
+        )
     return TeacherScores(cfg(c_psi, u_psi, kappa), cfg(c_phi, u_phi, kappa_lora))
+
+
+def _rows_from(pair: nn.Module, first: int, x_t: Tensor, t: Tensor, text: Conditioning) -> Tensor:
+    """One call whose adapters act on rows >= first: none of them, or all. fp32 [b c h w]."""
+    with lora.rows(pair, first):
+        return upcast(pair(x_t, t, text))
 
 
 def vsd_gradient(

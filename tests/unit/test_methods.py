@@ -76,6 +76,18 @@ def test_teacher_scores_equal_four_plain_calls() -> None:
     assert (expected - adapted).abs().max() > 0.01
 
 
+def test_sequential_teacher_passes_equal_the_fused_one() -> None:
+    net, (cond, null), x_t = pair(), texts(), latents("x")
+    for kappa in (0.0, 1.0):  # the null prediction alone, and the guided one
+        k = torch.full((B,), kappa)
+        fused = teacher_scores(net, x_t, T, cond, null, k, k)
+        sequential = teacher_scores(net, x_t, T, cond, null, k, k, "sequential")
+        for got, expected in zip(sequential, fused, strict=True):
+            assert (got - expected).abs().max() < 1e-6 * expected.abs().max()
+    assert (fused.teacher - fused.lora_teacher).abs().max() > 0.01
+    assert all(layer.first_row == 0 for layer in lora.adapters(net).values())
+
+
 def test_frozen_rows_are_bit_equal_with_adapters_set_to_inf() -> None:
     net, (cond, null), x_t = pair(), texts(), latents("x")
     frozen = copy.deepcopy(net)
