@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from snoopi import config as recipes
@@ -191,6 +193,18 @@ def test_a_row_is_read_without_its_shard_and_checked(
         textcache.verify(base / "cache")
 
 
+def test_the_pooled_text_is_checked_too(made: Callable[[str], Path], tmp_path: Path) -> None:
+    base, name = copied(made("sdxl"), tmp_path), "prompts-00000.safetensors"
+    with safe_open(base / "cache" / name, framework="pt") as file:
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    tensors["pooled"][2, 3] += 1
+    save_file(tensors, base / "cache" / name)
+    read = opened(base)
+    read.read("prompts", [1, 3])
+    with pytest.raises(ValueError, match=rf"damaged: row 2 of {name} .* CRC-32"):
+        read.read("prompts", [2])
+
+
 def test_a_shard_cut_short_is_noticed_and_replaced(
     made: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -324,6 +338,7 @@ def test_going_on_gives_the_same_bytes(tmp_path: Path) -> None:
         "prompts-00002.safetensors",
         "prompts-00003.safetensors",
     ]
+    (broken / ".prompts-00000.safetensors.partial").write_bytes(b"half, of one made since")
     (broken / ".prompts-00002.safetensors.partial").write_bytes(b"half")
     (broken / "prompts-00002.safetensors").write_bytes(b"not noted in the index")
     rest = Encoder()
@@ -439,6 +454,16 @@ def test_each_sample_has_its_negative(teacher: Path) -> None:
     assert torch.equal(one.cond.tokens, two.cond.tokens) and one.prompts == two.prompts
     assert f"negatives = {plain._negatives(0, range(BATCH))}" in plain.describe(0)
     assert distiller(teacher, cached=False)._part(1, range(BATCH)).negative is None
+
+
+def test_cached_texts_have_size_ids(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a native picture, where a network reads any: the cache holds none."""
+    ids = torch.tensor([[8, 8, 0, 0, 8, 8]])
+    found = distiller(teacher, f"data.negatives={teacher / 'n.txt'}", cached=True)
+    monkeypatch.setattr(Pipeline, "native", lambda _, cond: dataclasses.replace(cond, size_ids=ids))
+    part = found._part(0, range(BATCH))
+    assert part.negative is not None
+    assert part.cond.size_ids is ids and part.negative.size_ids is ids
 
 
 def test_a_cache_needs_its_file_of_prompts() -> None:
