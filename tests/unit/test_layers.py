@@ -23,7 +23,7 @@ LAYERS = (
     {"folders"},
     {"pipeline", "optimize", "methods", "worlds"},
     {"evaluate", "report", "parallel", "data", "runstate", "runlog", "config"},
-    {"trainers", "final"},
+    {"trainers", "final", "plan"},
     {"train", "generate", "evaluate.__main__", "reproduce", "selftest"},
 )
 COMMANDS = len(LAYERS) - 1
