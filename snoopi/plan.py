@@ -173,7 +173,7 @@ def _as_on_cpu() -> Iterator[None]:
     try:
         yield
     finally:
-        F.linear, F.conv2d, F.scaled_dot_product_attention = former  # type: ignore[assignment]
+        F.linear, F.conv2d, F.scaled_dot_product_attention = former
         _casts.on = False
         _casts.kept.clear()
 
