@@ -1,7 +1,7 @@
 """Train a teacher, or distil one into a one-step student (PG-SB).
 
 torchrun [--nproc-per-node N] -m snoopi.train [RECIPE] [section.key=value ...]
-         [--out DIR] [--resume] [--print-config] [--dry-run]
+         [--out DIR] [--resume] [--print-config] [--dry-run [--ranks N]]
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if __name__ == "__main__":
 import torch
 
 from snoopi import config as recipes
-from snoopi import parallel, runstate, zoo
+from snoopi import parallel, plan, runstate, zoo
 from snoopi.config import Config
 from snoopi.data import NegativeList, PromptList, file_digest, unread
 from snoopi.final import OBSERVERS, Observer
-from snoopi.folders import SHIPPED, read_spec, shipped, shipped_or_path
+from snoopi.folders import SHIPPED, SPEC_FILE, read_spec, shipped, shipped_or_path
 from snoopi.health import Health
 from snoopi.noise import Noise
 from snoopi.pictures import write_atomically
@@ -97,7 +97,7 @@ def _command(options: argparse.Namespace) -> None:
     if options.print_config:
         print(recipes.to_toml(config), end="")
     elif options.dry_run:
-        print(_plan(config, out))
+        print(_plan(config, out, options.ranks))
     else:
         group = config.parallel.shard == "always"
         with parallel.session(config.run.device, group) as device, warnings.catch_warnings():
@@ -118,6 +118,7 @@ def run(config: Config, out: Path, device: torch.device, *, resume: bool = False
     method, started = config.run.method, time.monotonic()
     _check(config, out, resume)
     source = _source(config, out, device)
+    _say_memory(config, source)
     seconds = {"sources": time.monotonic() - started}
     started = time.monotonic()
     trainer = _trainer(config, device, source)  # before the lock: a mistake leaves no folder
@@ -133,6 +134,14 @@ def run(config: Config, out: Path, device: torch.device, *, resume: bool = False
         model = pipeline.save(out / "model", STORES[config.model.store])
         seconds["training"] = time.monotonic() - started
         observer.finish(model, source, seconds)
+
+
+def _say_memory(config: Config, source: Path | None) -> None:
+    """What a rank of a distillation will need, said before it is taken."""
+    if config.run.method == "vsd" and source is not None and parallel.is_main():
+        spec, _ = read_spec(source)
+        if not plan.is_small(spec):
+            _say(plan.describe(spec, config, [parallel.world_size()]))
 
 
 def _check(config: Config, out: Path, resume: bool) -> None:
@@ -384,8 +393,10 @@ def _resolve(options: argparse.Namespace) -> tuple[Config, Path]:
     return config, options.out or Path("runs") / Path(name).stem
 
 
-def _plan(config: Config, out: Path) -> str:
-    """What a run would do, without doing it: recipe, parameter counts, steps."""
+def _plan(config: Config, out: Path, ranks: int | None) -> str:
+    """What a run would do, without doing it: recipe, parameter counts, memory, steps."""
+    if ranks is not None and ranks < 1:
+        raise ValueError(f"--ranks: expected at least 1, got {ranks}")
     lines = [recipes.to_toml(config), f"out: {out}"]
     if config.run.method != "vsd":
         spec = zoo.model(config.model.preset)
@@ -394,8 +405,29 @@ def _plan(config: Config, out: Path) -> str:
             lines.append(f"{part}: {count:,} parameters")
     else:
         lines.append(f"teacher: {config.model.teacher}")
+        worlds = plan.worlds(config) if ranks is None else [ranks]
+        lines.append(plan.describe(_teacher_spec(config, out), config, worlds))
     lines.append(_what(config))
     return "\n".join(lines)
+
+
+def _teacher_spec(config: Config, out: Path) -> zoo.ModelSpec:
+    """The sizes of a teacher that may not be there yet: of its folder, its recipe or its preset."""
+    name = config.model.teacher
+    trained = out.parent / name / "model"
+    if name in shipped() or (Path(name) / SPEC_FILE).is_file():
+        return read_spec(shipped_or_path(name))[0]
+    if name in recipes.recipes():
+        return read_spec(trained)[0] if trained.is_dir() else _preset_of(name)
+    if name in zoo.PRESETS:
+        return zoo.model(name)
+    known = [*shipped(), *recipes.recipes(), *zoo.PRESETS]
+    near = recipes.nearest(name, known)
+    raise ValueError(f"{name!r} is no model folder, no recipe, no shipped model, no preset{near}")
+
+
+def _preset_of(recipe: str) -> zoo.ModelSpec:
+    return zoo.model(recipes.load(recipe).model.preset)
 
 
 def _what(config: Config) -> str:
@@ -453,7 +485,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="the run's folder (default: runs/RECIPE)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest run state")
     parser.add_argument("--print-config", action="store_true", help="print the recipe and stop")
-    parser.add_argument("--dry-run", action="store_true", help="print what would run and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would run, its memory, and stop"
+    )
+    parser.add_argument(
+        "--ranks", type=int, help="with --dry-run: plan the memory for this number of ranks"
+    )
     return parser
 
 

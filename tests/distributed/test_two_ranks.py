@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 import signal
 import time
@@ -15,14 +17,27 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from snoopi import parallel, runstate
+from snoopi import config as recipes
+from snoopi import lora, parallel, plan, runstate, zoo
+from snoopi.conditioning import Conditioning
+from snoopi.methods.vsd import teacher_scores
 from snoopi.models.clip_vision import CLIPVision, CLIPVisionConfig
+from snoopi.noise import Noise
+from snoopi.pipeline import Pipeline, load
 from snoopi.runstate import OptimizerState, RunStateError
+from snoopi.trainers import Distiller
+from snoopi.worlds.shapes import ShapesWorld
 
 pytestmark = pytest.mark.distributed
 WORLD, BATCH, STEPS = 2, 8, 3
 Ranks = Callable[[Callable[..., None]], Path]
+_SHAPES_DIT = zoo.model("shapes_dit")
+TINY_DIT = dataclasses.replace(
+    _SHAPES_DIT,
+    backbone=dataclasses.replace(_SHAPES_DIT.backbone, layers=2, heads=2, head_dim=8),
+)
 
 
 class Block(nn.Module):
@@ -126,6 +141,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     folder = tmp_path_factory.mktemp("ranks")
     trouble: list[Exception] = []
     (folder / "load_on_two").mkdir()
+    save_teachers(folder / "distil_on_two")
     net, optimizer = build()
     train(net, optimizer, range(STEPS))
     runstate.save(folder / "load_on_two", STEPS, state(net, optimizer))
@@ -306,6 +322,124 @@ def test_checkpointing_under_sharding_keeps_gradients(ranks: Ranks) -> None:
     ranks(checkpointed)
 
 
+def pair_of(kind: str) -> Any:
+    """A tiny teacher pair whose weights are not zero."""
+    spec = zoo.model("debug") if kind == "unet" else TINY_DIT
+    net = zoo.fresh(spec, "backbone", 0).eval()
+    for number, (name, p) in enumerate(net.named_parameters()):
+        p.data += 0.05 * Noise(1).normal(name, 0, [number], p.shape)[0]
+    lora.inject(net, ["to_q", "to_v"], 2, 4)
+    return spec, net
+
+
+class Gathers(TorchDispatchMode):
+    """Counts all-gathers."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "allgather" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def gathers(tmp_path: Path) -> None:
+    for kind in ("unet", "dit"):
+        spec, plain = pair_of(kind)
+        net = pair_of(kind)[1]
+        parallel.shard(net, net.blocks())
+        backbone = spec.backbone
+        x = Noise(2).normal("x", 0, range(2), (backbone.in_channels, 8, 8))
+        cond = Conditioning(Noise(2).normal("cond", 0, range(2), (4, backbone.text_width)))
+        null = Conditioning(torch.zeros(1, 4, backbone.text_width))
+        t, kappa = torch.tensor([20, 700]), torch.tensor([0.5, 4.0])
+        expected = teacher_scores(plain, x, t, cond, null, kappa, kappa)
+        blocks, counts = len(net.blocks()), {}
+        for passes in ("fused", "sequential"):
+            net.reshard()  # the root stays gathered after a forward without a backward
+            with Gathers() as counted:
+                got = teacher_scores(net, x, t, cond, null, kappa, kappa, passes)  # type: ignore[arg-type]
+            counts[passes] = counted.count
+            for mine, theirs in zip(got, expected, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+        assert counts == {"fused": blocks + 1, "sequential": 4 * blocks + 1}
+
+
+def test_a_teacher_evaluation_gathers_each_block_once(ranks: Ranks) -> None:
+    ranks(gathers)
+
+
+def streamed(tmp_path: Path) -> None:
+    for kind in ("unet", "dit"):
+        whole = pair_of(kind)[1]
+        state = whole.state_dict()
+        taken = []
+
+        def read(name: str, rows: slice, state: Any = state, taken: list[int] = taken) -> Tensor:
+            found = state[name][rows]
+            taken.append(found.numel())
+            return found
+
+        net = copy.deepcopy(whole).to("meta")
+        parallel.shard(net, net.blocks(), read=read)
+        full = parallel.gather_full_state_dict(net)
+        if parallel.is_main():
+            assert full.keys() == state.keys()
+            assert all(torch.equal(full[name], state[name]) for name in state)
+        shares = [p.to_local() for p in net.parameters()]
+        first = sum(state[name][:1].numel() for name in state)  # what ranks compare
+        assert sum(taken) == first + sum(part.numel() for part in shares)
+        if parallel.is_main():
+            held = plan.size(whole.parameters(), WORLD)
+            assert held == sum(part.nbytes for part in shares)
+
+        def other(name: str, rows: slice, state: Any = state) -> Tensor:
+            return state[name][rows] + parallel.rank()
+
+        with pytest.raises(ValueError, match=r"initial weights of .* differs between ranks"):
+            parallel.shard(copy.deepcopy(whole).to("meta"), [], read=other)
+
+
+def test_a_rank_reads_its_own_rows_alone(ranks: Ranks) -> None:
+    ranks(streamed)
+
+
+def distilled(kind: str, folder: Path) -> list[dict[str, float]]:
+    """Figures of two steps of a distillation that streams its teacher."""
+    words = ["run.batch=4", "run.steps=2", "lora.rank=2", "optim.student.lr=1e-4"]
+    config = recipes.load("debug", [*words, 'lora.targets=["to_q", "to_v"]'])
+    teacher = load(folder / kind, dtype=torch.float32, defer=("backbone",))
+    trainer = Distiller(config, torch.device("cpu"), teacher)
+    return [parallel.mean(trainer.step(step)) for step in range(2)]
+
+
+def distil_on_two(tmp_path: Path) -> None:
+    for kind in ("unet", "dit"):
+        rows = distilled(kind, tmp_path)
+        if parallel.is_main():
+            torch.save(rows, tmp_path / f"{kind}.pt")
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_two_ranks_distil_as_one_does(ranks: Ranks, kind: str) -> None:
+    folder = ranks(distil_on_two)
+    for got, expected in zip(
+        torch.load(folder / f"{kind}.pt"), distilled(kind, folder), strict=True
+    ):
+        assert got == pytest.approx(expected, rel=1e-6, abs=1e-6)
+        assert all(abs(expected[name]) > 1e-6 for name in ("loss_vsd", "loss_lora", "gap"))
+
+
+def save_teachers(folder: Path) -> None:
+    for kind in ("unet", "dit"):
+        spec, net = pair_of(kind)
+        lora.remove(net)
+        tokenizer, text = ShapesWorld().tokenizer(), spec.text[0]
+        words = text.config.for_words(tokenizer.tokenizer.get_vocab_size(), tokenizer.max_length)
+        spec = dataclasses.replace(spec, text=(dataclasses.replace(text, config=words),))
+        encoder = zoo.fresh(spec, "text_encoder", 0)
+        Pipeline(spec, net, None, [encoder], [tokenizer]).save(folder / kind)
+
+
 def test_sharding_at_one_rank_saves_what_an_unsharded_run_loads(tmp_path: Path) -> None:
     with parallel.session("cpu", group=True):
         sharded, its_optimizer = build(policy="always")
@@ -337,4 +471,7 @@ def test_a_frozen_scalar_is_kept_whole(tmp_path: Path) -> None:
         assert torch.equal(net(pictures).pooled, plain(pictures).pooled)
 
 
-WORKS = [train_in_three_ways, save_on_two, load_on_two, bf16, checkpointed, small_things]
+WORKS = [
+    *(train_in_three_ways, save_on_two, load_on_two, bf16, checkpointed, small_things),
+    *(gathers, streamed, distil_on_two),
+]

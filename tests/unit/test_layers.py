@@ -23,7 +23,7 @@ LAYERS = (
     {"folders"},
     {"pipeline", "optimize", "methods", "worlds", "textcache"},
     {"evaluate", "report", "parallel", "data", "runstate", "runlog", "config", "health"},
-    {"trainers", "final"},
+    {"trainers", "final", "plan"},
     {"train", "generate", "evaluate.__main__", "reproduce", "selftest"},
 )
 COMMANDS = len(LAYERS) - 1
