@@ -341,18 +341,10 @@ class Config:
 
 
 _DISTIL = (
-    *(
-        "kappa",
-        "vsd",
-        "lora",
-        "student_lora",
-        "clip_loss",
-        "nasa_train",
-        "optim.lora",
-        "parallel.teacher_pass",
-    ),
+    *("kappa", "vsd", "lora", "student_lora", "clip_loss", "nasa_train"),
+    *("optim.lora", "parallel.teacher_pass", "run.health"),
     *("data.prompts", "data.cache", "data.negatives"),
-    *("model.teacher", "model.student_init", "model.student", "run.health"),
+    *("model.teacher", "model.student_init", "model.student"),
 )
 # Sections and keys that a method does not read. Setting one is an error: it would change nothing.
 _UNREAD: dict[str, tuple[str, ...]] = {

@@ -49,6 +49,7 @@ CASES = {
         "x0",
         (
             *("kappa.draw=independent", "kappa.lora=[0.5, 3.0]", "data.null=zeros"),
+            "parallel.teacher_pass=sequential",
             *("run.accumulate=2", "lora.updates_per_step=2", "data.dropout=0.5"),
         ),
     ),
