@@ -426,7 +426,8 @@ def test_two_ranks_distil_as_one_does(ranks: Ranks, kind: str) -> None:
         torch.load(folder / f"{kind}.pt"), distilled(kind, folder), strict=True
     ):
         assert got == pytest.approx(expected, rel=1e-6, abs=1e-6)
-        assert all(abs(expected[name]) > 1e-6 for name in ("loss_vsd", "loss_lora", "gap"))
+    # At the first step the adapters are zero, and so is the gap between the teachers.
+    assert all(expected[name] > 1e-5 for name in ("loss_vsd", "loss_lora", "gap"))
 
 
 def save_teachers(folder: Path) -> None:
