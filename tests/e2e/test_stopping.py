@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -252,8 +253,9 @@ def test_kill_9_of_any_rank_and_torchruns_restart(
 
         def now(kind: str = kind, later: int = later, born: float = born) -> bool:
             if kind == "state":  # of this life, not one that the former left behind
-                partial = out.glob("state/.partial-*/*")
-                return any(path.stat().st_mtime > born for path in partial if path.exists())
+                with contextlib.suppress(OSError):  # it may get its final name meanwhile
+                    return any(p.stat().st_mtime > born for p in out.glob("state/.partial-*/*"))
+                return False
             return row_count(out) >= later
 
         while launched.poll() is None and not now():
