@@ -19,6 +19,7 @@ FAST = (
     *("run.steps=6", "run.batch=6", "run.save=2", "run.keep=9", "evaluate.prompts=0"),
     'lora.targets=["to_q"]',
 )
+OF_PREDICTIONS = ("loss_lora", "denoise_lora", "denoise_frozen", "x0_std", "kappa_mean")
 SAVED = 2  # the step from which other numbers of ranks go on
 
 
@@ -79,7 +80,12 @@ def test_saved_on_two_ranks_resumed_on_others(
     for row, other in zip(found, expected, strict=True):
         # Not rounding: only pictures of one rank are compared with one another.
         assert row.pop("diversity") > 0 < other.pop("diversity")
-        assert row == pytest.approx(other, rel=1e-4, abs=1e-9)
+        for name, value in other.items():
+            # The gap, 1e-4, is a difference of predictions of size 1, rounded at 6e-8 each; what
+            # the student does follows from it.
+            rel = 1e-5 if name in OF_PREDICTIONS else 2e-3
+            assert row[name] == pytest.approx(value, rel=rel, abs=1e-9), (row["step"], name)
+        assert row.keys() == other.keys()
     last = out / "state" / "step-00000006"
     assert runstate.manifest(last).world == world
 
