@@ -428,9 +428,10 @@ def test_two_ranks_distil_as_one_does(ranks: Ranks, kind: str) -> None:
         # Adam turns rounding of gradients near zero into steps, which the next norm shows.
         norms = {name for name in expected if name.startswith("grad_norm")}
         for names, rel in ((expected.keys() - norms, 1e-6), (norms, 1e-5)):
-            assert [got[n] for n in names] == pytest.approx([expected[n] for n in names], rel=rel)
+            there = pytest.approx([expected[name] for name in names], rel=rel, abs=1e-6)
+            assert [got[name] for name in names] == there
     # At the first step the adapters are zero, and so is the gap between the teachers.
-    assert all(expected[name] > 1e-5 for name in ("loss_vsd", "loss_lora", "gap"))
+    assert all(expected[name] > 1e-6 for name in ("loss_vsd", "loss_lora", "gap"))
 
 
 def save_teachers(folder: Path) -> None:
