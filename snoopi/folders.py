@@ -253,10 +253,16 @@ def load_weights(
     return net
 
 
+# safetensors' names of types, in torch's words.
+_TYPES = {"BOOL": "bool", "U8": "uint8", "F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+_TYPES |= {"F64": "float64", **{f"I{n}": f"int{n}" for n in (8, 16, 32, 64)}}
+
+
 def _header(part: Any) -> tuple[list[int], bool, str]:
     """Shape, whether floating, and type of a tensor that safetensors has not read."""
     dtype = part.get_dtype()
-    return list(part.get_shape()), dtype.startswith(("F", "BF")), dtype
+    name = f"torch.{_TYPES[dtype]}" if dtype in _TYPES else dtype
+    return list(part.get_shape()), dtype.startswith(("F", "BF")), name
 
 
 def _check_fits(
