@@ -78,7 +78,10 @@ def test_a_rerun_is_equal_bit_for_bit(whole: Path) -> None:
     assert figures(again) == figures(whole)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+SIGNALS = [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("how", SIGNALS)  # SIGKILL at random moments: test_stopping
 def test_a_stopped_run_resumes_bit_for_bit(whole: Path, how: signal.Signals) -> None:
     out = whole.parent / how.name
     process = subprocess.Popen(
@@ -140,7 +143,7 @@ def test_two_ranks_give_the_losses_of_one(whole: Path, shard: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_bf16_follows_fp32(whole: Path, ranks: int) -> None:
     out = whole.parent / f"bf16-{ranks}"
     run("debug", QUIET, "run.dtype=bf16", "--out", str(out), ranks=ranks)
@@ -310,6 +313,7 @@ def test_a_dit_student_is_measured_with_negatives(dit: Path) -> None:
     assert pixels(pipeline("a red circle", negative="striped", scale=1.0)) != plain
 
 
+@pytest.mark.slow
 def test_a_stopped_dit_teacher_resumes_bit_for_bit(dit: Path) -> None:
     check_resume(dit.parent / "stopped-teacher", dit.parent / "teacher", [*DIT_TEACHER], ["loss"])
 
