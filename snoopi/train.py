@@ -30,6 +30,7 @@ from snoopi import config as recipes
 from snoopi import parallel, plan, runstate, zoo
 from snoopi.config import Config
 from snoopi.data import NegativeList, PromptList, file_digest, unread
+from snoopi.distiller import Distiller, check_clip_loss
 from snoopi.final import OBSERVERS, Observer
 from snoopi.folders import SHIPPED, SPEC_FILE, read_spec, shipped, shipped_or_path
 from snoopi.health import Health
@@ -39,7 +40,7 @@ from snoopi.pipeline import Pipeline, load
 from snoopi.runlog import RunLog, event_writer, read
 from snoopi.textcache import TextCache, shards_digest
 from snoopi.tokenize import PromptCut
-from snoopi.trainers import Distiller, TeacherTrainer, Trainer, VAETrainer, check_clip_loss
+from snoopi.trainers import TeacherTrainer, Trainer, VAETrainer
 
 DEFAULT = "pgsb_shapes_gap"
 STORES = {"fp32": torch.float32, "fp16": torch.float16}  # model.store

@@ -48,13 +48,12 @@ Tensor readable(const Tensor& x, at::ScalarType type) {
 
 Tensor bytes(at::IntArrayRef sizes) { return at::empty(sizes, at::TensorOptions(at::kByte)); }
 
-// Calls task(i) for all i < count on the threads, each of which takes at least `cost_of_a_thread`
-// of work: below about a million multiply-adds, or as many bytes, a thread costs more than it
-// brings.
+// Calls run(begin, end) on the threads, for ranges that make up [0, count). A range has at least a
+// million multiply-adds, or bytes, of `work` each: below, a thread costs more than it brings.
 template <typename Run>
 void parallel(int64_t count, int64_t work, const Run& run) {
-  constexpr int64_t kCostOfAThread = 1000000;
-  const int64_t grain = std::max<int64_t>(kCostOfAThread / std::max<int64_t>(work, 1), 1);
+  constexpr int64_t kWorkOfARange = 1000000;
+  const int64_t grain = std::max<int64_t>(kWorkOfARange / std::max<int64_t>(work, 1), 1);
   at::parallel_for(0, count, grain, run);
 }
 

@@ -22,12 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from snoopi import config as recipes
 from snoopi import lora, parallel, plan, runstate, zoo
 from snoopi.conditioning import Conditioning
+from snoopi.distiller import Distiller
 from snoopi.methods.vsd import teacher_scores
 from snoopi.models.clip_vision import CLIPVision, CLIPVisionConfig
 from snoopi.noise import Noise
 from snoopi.pipeline import Pipeline, load
 from snoopi.runstate import OptimizerState, RunStateError
-from snoopi.trainers import Distiller
 from snoopi.worlds.shapes import ShapesWorld
 
 pytestmark = pytest.mark.distributed

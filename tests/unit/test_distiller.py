@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from snoopi import config, lora, runstate, zoo
+from snoopi.distiller import Distiller
 from snoopi.noise import Noise
 from snoopi.pipeline import Pipeline
-from snoopi.trainers import Distiller
 from snoopi.worlds.shapes import ShapesWorld
 
 NOISE = Noise(3)

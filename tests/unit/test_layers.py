@@ -24,6 +24,7 @@ LAYERS = (
     {"pipeline", "optimize", "methods", "worlds", "textcache"},
     {"evaluate", "report", "parallel", "data", "runstate", "runlog", "config", "health"},
     {"trainers", "final", "plan"},
+    {"distiller"},
     {"train", "generate", "evaluate.__main__", "reproduce", "selftest"},
 )
 COMMANDS = len(LAYERS) - 1

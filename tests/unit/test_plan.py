@@ -14,9 +14,9 @@ import torch
 from snoopi import config as recipes
 from snoopi import plan, zoo
 from snoopi.config import Config
+from snoopi.distiller import Distiller
 from snoopi.pipeline import Pipeline
 from snoopi.plan import Live
-from snoopi.trainers import Distiller
 from snoopi.worlds.shapes import ShapesWorld
 
 CPU = torch.device("cpu")
@@ -134,7 +134,7 @@ RSS = """
 import dataclasses, gc, json, sys
 import torch
 from snoopi import config as recipes, plan, zoo
-from snoopi.trainers import Distiller
+from snoopi.distiller import Distiller
 sys.path.insert(0, "tests/unit")
 from test_plan import MIDDLE, peak_rss, teacher
 

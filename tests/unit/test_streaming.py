@@ -12,10 +12,10 @@ from torch import nn
 
 from snoopi import config as recipes
 from snoopi import folders, lora, parallel, zoo
+from snoopi.distiller import Distiller
 from snoopi.folders import is_deferred
 from snoopi.noise import Noise
 from snoopi.pipeline import Pipeline, load
-from snoopi.trainers import Distiller
 from snoopi.worlds.shapes import ShapesWorld
 
 CPU = torch.device("cpu")

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from snoopi import config as recipes
-from snoopi import textcache, trainers, zoo
+from snoopi import distiller as distillers
+from snoopi import textcache, zoo
 from snoopi.conditioning import Conditioning
 from snoopi.data import main
 from snoopi.models.clip import CLIPTextConfig
@@ -410,7 +411,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def distiller(base: Path, *words: str, cached: bool) -> trainers.Distiller:
+def distiller(base: Path, *words: str, cached: bool) -> distillers.Distiller:
     config = recipes.load(
         "debug",
         [f"run.batch={BATCH}", "model.teacher=x", f"data.prompts={base / 'p.txt'}", *words],
@@ -418,7 +419,7 @@ def distiller(base: Path, *words: str, cached: bool) -> trainers.Distiller:
     without = ("text_encoder",) if cached else ()
     pipeline = load(base / "model", dtype=torch.float32, without=without)
     found = opened(base) if cached else None
-    return trainers.Distiller(config, torch.device("cpu"), pipeline, cache=found)
+    return distillers.Distiller(config, torch.device("cpu"), pipeline, cache=found)
 
 
 def test_steps_are_equal_without_text_encoders(teacher: Path) -> None:

@@ -19,9 +19,9 @@ from torch.func import functional_call
 from snoopi import config as recipes
 from snoopi import zoo
 from snoopi.conditioning import Conditioning
+from snoopi.distiller import Distiller
 from snoopi.noise import Noise
 from snoopi.pipeline import Pipeline
-from snoopi.trainers import Distiller
 from snoopi.worlds.shapes import ShapesWorld
 
 B, STEP = 4, 3
