@@ -181,6 +181,9 @@ def _as_on_cpu() -> Iterator[None]:
 def networks(spec: ModelSpec, config: Config, device: str = "meta") -> tuple[Any, Any]:
     """Student and teacher pair as the Distiller makes them, without their weights."""
     student = zoo.build(spec, "backbone", device).requires_grad_(True)
+    if config.model.student == "lora":
+        own = config.student_lora
+        lora.inject(student, own.targets, own.rank, own.gamma)
     pair = zoo.build(spec, "backbone", device)
     lora.inject(pair, config.lora.targets, config.lora.rank, config.lora.gamma)
     if config.run.dtype == "bf16":
@@ -262,12 +265,14 @@ def plan(spec: ModelSpec, config: Config, ranks: int) -> Plan:
     over = ranks if sharded else 1
     trained = [p for net in (student, pair) for p in net.parameters() if p.requires_grad]
     average = {"fp32": 4, "bf16": 2}[config.ema.dtype] if config.ema.decay else 0
-    texts = [zoo.build(spec, part) for part in spec.parts() if part.startswith("text_encoder")]
+    learns = [p for p in student.parameters() if p.requires_grad]
+    parts_read = () if config.data.cache else spec.parts()  # the cache stands in for the encoders
+    texts = [zoo.build(spec, part) for part in parts_read if part.startswith("text_encoder")]
     stays = {
         "student": size(student.parameters(), over),
         "teacher pair": size(pair.parameters(), over),
         "optimizer moments": 2 * size(trained, over),
-        "moving average": size(student.parameters(), over) * average // 4,
+        "moving average": size(learns, over) * average // 4,
         "text encoders": sum(size(net.parameters(), 1) for net in texts),
         "VAE": size(zoo.build(spec, "vae").state_dict().values(), 1),
     }
@@ -275,7 +280,7 @@ def plan(spec: ModelSpec, config: Config, ranks: int) -> Plan:
     if sharded:
         groups = _gathered(student, config.run.dtype), _gathered(pair, config.run.dtype)
         gathered = sum(root for root, _ in groups) + max(block for _, block in groups)
-        student_work += gathered + size(student.parameters(), over)
+        student_work += gathered + size(learns, over)
         lora_work += gathered + size(lora.parameters(pair), over)
     works = {"student's update": student_work, "LoRA teacher's update": lora_work}
     return Plan(ranks, batch, stays, works)
@@ -284,7 +289,15 @@ def plan(spec: ModelSpec, config: Config, ranks: int) -> Plan:
 def _that_matters(config: Config) -> Config:
     """A recipe that is equal for all whose steps are: what was measured once serves again."""
     run = dataclasses.replace(Config().run, dtype=config.run.dtype)
-    return Config(run=run, lora=config.lora, vsd=config.vsd, parallel=config.parallel)
+    model = dataclasses.replace(Config().model, student=config.model.student)
+    return Config(
+        run=run,
+        model=model,
+        lora=config.lora,
+        student_lora=config.student_lora,
+        vsd=config.vsd,
+        parallel=config.parallel,
+    )
 
 
 def size(tensors: Iterable[Tensor], ranks: int) -> int:
@@ -328,9 +341,12 @@ def describe(spec: ModelSpec, config: Config, ranks: Sequence[int]) -> str:
     """Parameter counts and the table of memory by rank, one column a world size."""
     student, pair = networks(spec, config)
     adapters = sum(p.numel() for p in lora.parameters(pair))
-    whole = sum(p.numel() for p in student.parameters())
+    own = sum(p.numel() for p in lora.parameters(student))
+    whole = sum(p.numel() for p in student.parameters()) - own
     lines = [
-        f"student: {whole:,} parameters, all trained, fp32",
+        f"student: {whole:,} parameters, all trained, fp32"
+        if not own
+        else f"student: {whole:,} parameters, frozen, and {own:,} of adapters, trained, fp32",
         f"teacher pair: {whole:,} parameters, frozen, {config.run.dtype}",
         f"adapters: {adapters:,} parameters, trained, fp32",
     ]
@@ -339,6 +355,8 @@ def describe(spec: ModelSpec, config: Config, ranks: Sequence[int]) -> str:
         lines.append(f"{part}: {count:,} parameters, frozen, fp32")
     plans = [plan(spec, config, n) for n in ranks]
     lines += ["", *_table(plans), _other(spec, config, plans[0]), _verdict(config, plans)]
+    if config.clip_loss.weight:
+        lines.append("not counted: the networks of the CLIP loss, and decoding a picture for it")
     return "\n".join(lines)
 
 

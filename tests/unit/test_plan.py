@@ -58,6 +58,7 @@ def test_live_follows_storages_until_they_die() -> None:
         ["parallel.checkpointing=true"],
         ["parallel.checkpointing=true", "parallel.teacher_pass=sequential"],
         ["run.dtype=bf16", "run.batch=4"],
+        ["model.student=lora", "student_lora.rank=4"],
     ],
     ids=" ".join,
 )
@@ -96,6 +97,27 @@ def test_what_stays_is_counted_from_shapes() -> None:
         if key != "step"
     ]
     assert stays["optimizer moments"] == held(moments)
+
+
+def test_a_lora_student_and_a_cache_need_less() -> None:
+    full = plan.plan(SPEC, recipe("ema.decay=0.9"), 1)
+    words = ["ema.decay=0.9", "model.student=lora", "student_lora.rank=2"]
+    words += ["data.prompts=p.txt", "data.cache=c"]
+    config = recipe(*words)
+    less = plan.plan(SPEC, config, 1)
+    assert less.stays["text encoders"] == 0 < full.stays["text encoders"]
+    for part in ("optimizer moments", "moving average"):
+        assert 0 < less.stays[part] < full.stays[part]
+    assert less.stays["student"] > full.stays["student"]  # its adapters
+    lines = plan.describe(SPEC, config, [1]).splitlines()
+    assert "frozen, and" in lines[0] and not any("CLIP" in line for line in lines)
+    clip = [
+        "clip_loss.weight=0.1",
+        "clip_loss.model=m",
+        "clip_loss.taesd=t",
+        "clip_loss.decoder=taesd",
+    ]
+    assert "not counted: the networks of the CLIP loss" in plan.describe(SPEC, recipe(*clip), [1])
 
 
 def test_ranks_divide_what_stays_and_the_batch() -> None:
