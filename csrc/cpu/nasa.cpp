@@ -350,6 +350,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> twin_attention(const Tensor& q, const
   return {in_type_of(q, z[0]), lse[0], in_type_of(q, z[1]), lse[1]};
 }
 
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     double softmax_scale) {
+  Call call(q, softmax_scale);
+  call.add_text(pack(k, v, std::nullopt, call.type));
+  call.attention.combine = Combine::kTwin;
+  const Tensor z = at::empty(q.sizes(), q.options().dtype(call.type));
+  const Tensor lse = at::empty(q.sizes().slice(0, 3), q.options().dtype(accumulator(call.type)));
+  call.attention.out[0] = z.mutable_data_ptr();
+  call.attention.lse[0] = lse.mutable_data_ptr();
+  call.run();
+  return {in_type_of(q, z), lse};
+}
+
 std::tuple<Tensor, Tensor> pack_text(const Tensor& k, const Tensor& v, const OptionalTensor& mask) {
   const Packed packed = pack(k, v, mask, computing_type(k.scalar_type()), true);
   return {packed.data, packed.live};
@@ -363,6 +376,7 @@ Tensor pack_linear(const Tensor& weight) {
 }  // namespace snoopi
 
 TORCH_LIBRARY_IMPL(snoopi, CPU, m) {
+  m.impl("attention", &snoopi::attention);
   m.impl("nasa_attention", &snoopi::nasa_attention);
   m.impl("guided_attention", &snoopi::guided_attention);
   m.impl("twin_attention", &snoopi::twin_attention);
@@ -372,6 +386,8 @@ TORCH_LIBRARY_IMPL(snoopi, CPU, m) {
 
 TORCH_LIBRARY_FRAGMENT(snoopi, m) {
   m.def("cpu_capability() -> str", [] { return snoopi::capability(); });
+  // What the library can do, by the newest of its ops: an older one has none, or another number.
+  m.def("cpu_version() -> int", []() -> int64_t { return 2; });
   // Bytes of a packed text's head, and of a packed weight (0: not to be packed).
   m.def("text_bytes(int n, int d, ScalarType dtype) -> int",
         [](int64_t n, int64_t d, at::ScalarType dtype) {

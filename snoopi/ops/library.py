@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from snoopi.ops import eager, reference
 from snoopi.ops.packs import Formula, LinearPack, TextPack
 
+ATTENTION = "snoopi::attention"
 NASA = "snoopi::nasa_attention"
 TWIN = "snoopi::twin_attention"
 GUIDED = "snoopi::guided_attention"
@@ -21,6 +23,11 @@ PACK_LINEAR = "snoopi::pack_linear"
 _NUM_NASA_TENSORS = 13
 _NUM_TWIN_TENSORS = 7
 
+torch.library.define(
+    ATTENTION,
+    "(Tensor q, Tensor k, Tensor v, float softmax_scale) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 torch.library.define(
     NASA,
     "(Tensor q, Tensor k_pos, Tensor v_pos, Tensor k_neg, Tensor v_neg, Tensor? w_out, "
@@ -49,6 +56,11 @@ torch.library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(PACK_LINEAR, "(Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def attention_op(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    """Call snoopi::attention; its log-sum-exp serves the backward pass alone."""
+    return torch.ops.snoopi.attention.default(q, k, v, softmax_scale)[0]
 
 
 def nasa_op(
@@ -96,6 +108,52 @@ def twin_op(
     return torch.ops.snoopi.twin_attention.default(
         q, pos.k, pos.v, neg.k, neg.v, pos.mask, neg.mask, softmax_scale
     )
+
+
+@torch.library.impl(ATTENTION, "default")
+def _attention_default(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    z, lse = reference.attend(q, TextPack(k, v), softmax_scale)
+    return z.to(q.dtype).contiguous(), lse.contiguous()
+
+
+@torch.library.register_fake(ATTENTION)
+def _attention_fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=reference.computing_dtype(q))
+
+
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    z, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(*inputs[:3], z, lse)
+    ctx.softmax_scale = inputs[3]
+
+
+def _attention_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    """PyTorch's backward pass of attention, in fp32 (fp64), from the log-sum-exp of the forward.
+
+    In 16 bits it would be ten times slower on a CPU. As in every flash attention the result comes
+    rounded to the inputs' dtype.
+    """
+    *saved, lse = ctx.saved_tensors
+    wide = [x.to(lse.dtype).transpose(1, 2) for x in (grad, *saved)]  # [b h m d]
+    if grad.device.type == "cpu":
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+        found = op(*wide, lse.transpose(1, 2), 0.0, False, scale=ctx.softmax_scale)
+    else:
+        grad, q, k, v, _ = wide
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            q, k, v = leaves
+            z = F.scaled_dot_product_attention(q, k, v, scale=ctx.softmax_scale)
+        found = torch.autograd.grad(z, leaves, grad)
+    dtypes = [x.dtype for x in saved]
+    grads = (g.transpose(1, 2).to(dtype) for g, dtype in zip(found, dtypes, strict=False))
+    return (*grads, None)
+
+
+torch.library.register_autograd(ATTENTION, _attention_backward, setup_context=_attention_setup)
 
 
 def _nasa_by(

@@ -46,11 +46,43 @@ def attention(
     [c_out] as in nn.Linear. Returns [b m c_out], or [b m h d] without w_out. softmax_scale is
     d ** -0.5 unless given. A fully masked text gives 0 (before b_out), never NaN.
 
+    Runs in the native op where that is faster than scaled_dot_product_attention, which takes all
+    other calls. Differentiable either way; gradients are computed in fp32 (fp64 for fp64).
+
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
     call = _Call(q, {"": TextPack(k, v, mask)}, w_out, b_out)
-    return call.run(eager.attend, call.q, call.texts[""], call.w_out, call.b_out, softmax_scale)
+    return call.run(_attend, call.q, call.texts[""], call.w_out, call.b_out, softmax_scale)
+
+
+def _attend(
+    q: Tensor,
+    text: TextPack,
+    w_out: Tensor | None,
+    b_out: Tensor | None,
+    softmax_scale: float | None,
+) -> Tensor:
+    if not _native_pays(q, text):
+        return eager.attend(q, text, w_out, b_out, softmax_scale)
+    z = library.attention_op(q, text.k, text.v, _softmax_scale(softmax_scale, q))
+    return eager.project(z, w_out, b_out)
+
+
+def _native_pays(q: Tensor, text: TextPack) -> bool:
+    """Whether the native op is faster at plain attention, by benchmarks.attention.
+
+    PyTorch's is slow in bf16 on a CPU without AMX; in fp32 the op wins little on a picture's
+    attention to itself, and loses on wide heads, which do not fit its blocks, and on tiny calls.
+    """
+    if native.why_not(q) is not None or not native.NATIVE.attends:
+        return False
+    # A graph that was exported runs without this package.
+    if text.mask is not None or len(text.k) != len(q) or torch.compiler.is_exporting():
+        return False
+    if q.dtype == torch.float32:
+        return q.shape[-1] <= 160 and q.shape[:3].numel() * text.k.shape[1] >= 2**14
+    return q.dtype == torch.bfloat16
 
 
 def nasa_attention(
@@ -272,7 +304,7 @@ def _nasa(
     q, pos, neg, null = call.q, call.texts["_pos"], call.texts["_neg"], call.texts.get("_null")
     out = (call.w_out, call.b_out)
     if path == "plain":
-        return call.run(eager.attend, q, pos, *out, softmax_scale)
+        return call.run(_attend, q, pos, *out, softmax_scale)
     a, scale = _strength(nasa_scale, q), _softmax_scale(softmax_scale, q)
     return call.run(_CHAINS[path], q, pos, neg, null, *out, a, scale)
 
