@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from snoopi.layers.remake import remake
+
 
 class ResnetBlock(nn.Module):
     """norm, SiLU, conv, (+ time), norm, SiLU, conv, plus the input (1x1 conv if widths differ)."""
@@ -23,12 +25,18 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         """x [b c h w], temb [b time_width] -> [b c_out h w]."""
-        h = self.conv1(F.silu(self.norm1(x)))  # [b c_out h w]
+        h = remake(self._first, x)  # [b c_out h w]
         if self.time_emb_proj is not None:
             assert temb is not None
             h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = remake(self._second, h)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+    def _first(self, x: Tensor) -> Tensor:
+        return self.conv1(F.silu(self.norm1(x)))
+
+    def _second(self, h: Tensor) -> Tensor:
+        return self.conv2(F.silu(self.norm2(h)))
 
 
 class Downsample(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from snoopi.conditioning import Conditioning
 from snoopi.layers.attention import CrossAttention, SelfAttention, fill_kv
 from snoopi.layers.embeddings import TimestepEmbedding, sinusoid
+from snoopi.layers.remake import remake
 
 SINUSOID = 256  # features of a timestep, and of each size
 
@@ -166,8 +167,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b m c] -> [b m c]."""
-        x = self.net["0"].get_submodule("proj")(x)  # [b m 4c]
-        return self.net["2"](F.gelu(x, approximate="tanh"))
+        return remake(self._second, self.net["0"].get_submodule("proj")(x))
+
+    def _second(self, x: Tensor) -> Tensor:
+        return self.net["2"](F.gelu(x, approximate="tanh"))  # x [b m 4c]
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

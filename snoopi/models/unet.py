@@ -17,6 +17,7 @@ from snoopi.conditioning import Conditioning
 from snoopi.layers.attention import CrossAttention, SelfAttention, fill_kv
 from snoopi.layers.blocks import Downsample, ResnetBlock, Upsample
 from snoopi.layers.embeddings import TimestepEmbedding, sinusoid
+from snoopi.layers.remake import remake
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b m c] -> [b m c]."""
-        value, gate = self.net["0"].get_submodule("proj")(x).chunk(2, dim=-1)  # [b m 4c] each
+        return remake(self._second, self.net["0"].get_submodule("proj")(x))
+
+    def _second(self, x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, dim=-1)  # [b m 4c] each
         return self.net["2"](value * F.gelu(gate))
 
 
