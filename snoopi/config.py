@@ -261,6 +261,9 @@ class Parallel:
 
     shard: Literal["auto", "always", "never"] = _key("auto", "FSDP2; auto: with more than one rank")
     checkpointing: bool = _key(False, "recompute each block's activations in the backward pass")
+    compile: bool = _key(
+        False, "torch.compile each block (minutes at the start; equal to rounding)"
+    )
     teacher_pass: Literal["fused", "sequential"] = _key(
         "fused", "both teachers in one call of four batches, or in four calls (less memory)"
     )

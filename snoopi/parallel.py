@@ -34,6 +34,7 @@ from snoopi.errors import Interrupted
 Shard = Literal["auto", "always", "never"]
 Dtype = Literal["fp32", "bf16"]
 Read = Callable[[str, slice], Tensor]  # rows of a named tensor
+COMPILED = 16  # graphs of one block
 
 
 # --- ranks ----------------------------------------------------------------------------------------
@@ -165,18 +166,20 @@ def micro_batches(rows: range, parts: int) -> list[range]:
 # --- numbers that all ranks share -----------------------------------------------------------------
 
 
+def numbers(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """Scalars as Python's, float64, by one transfer. Waits for the device: ask once a step."""
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    if not tensors:
+        return {name: float(value) for name, value in values.items()}
+    stacked = torch.stack([value.detach().double().reshape(()) for value in tensors.values()])
+    found = dict(zip(tensors, stacked.tolist(), strict=True))
+    return {name: found[name] if name in found else float(values[name]) for name in values}
+
+
 def mean(values: Mapping[str, float | Tensor]) -> dict[str, float]:
     """Mean over ranks of each scalar, in float64 and by one collective. Waits for the device."""
-    if not values:
-        return {}
-    numbers = [
-        value.detach().to("cpu", torch.float64)
-        if isinstance(value, Tensor)
-        else torch.tensor(value, dtype=torch.float64)
-        for value in values.values()
-    ]
-    total = torch.stack([number.reshape(()) for number in numbers])
-    if world_size() > 1:
+    total = torch.tensor(list(numbers(values).values()), dtype=torch.float64)
+    if values and world_size() > 1:
         dist.all_reduce(total)
     return dict(zip(values, (total / world_size()).tolist(), strict=True))
 
@@ -335,6 +338,28 @@ def autocast(device: torch.device, dtype: Dtype) -> contextlib.AbstractContextMa
     return torch.autocast(device.type, torch.bfloat16)
 
 
+def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
+    """torch.compile each block's forward. Call before `checkpoint_blocks` and `shard`.
+
+    Graphs are made at the first calls, one for each kind of call: with gradients, without, and for
+    each gate of the adapters. As in `checkpoint_blocks` copy a network before, not after.
+
+    Raises (at a call):
+        torch._dynamo.exc.Unsupported: a block that does not make one graph.
+        torch._dynamo.exc.FailOnRecompileLimitHit: a block is called in more than COMPILED ways.
+    """
+    # Without it a block that has had too many graphs would run without any, in silence.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for block in blocks:
+        block.forward = torch.compile(  # type: ignore[call-overload]  # torch's stubs are behind
+            block.forward,
+            fullgraph=True,
+            backend=backend,
+            recompile_limit=COMPILED,
+            isolate_recompiles=True,  # blocks share their code, and would share the limit
+        )
+
+
 def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
     """Recompute each block's activations in the backward pass. Call before `shard`.
 
@@ -389,23 +414,27 @@ def reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients in place to a joint L2 norm of at most `max_norm`; returns the norm before.
 
     Takes sharded and plain parameters together. `max_norm` = 0 only measures. A norm that is not
-    finite is returned and nothing is scaled: the caller stops the run.
+    finite is returned and nothing is scaled: the caller skips the update and stops the run. The
+    norm, float64 [], stays on the device, and nothing here waits for it.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
-        return 0.0
+        return torch.zeros((), dtype=torch.float64)
     sharded = [_local(grad) for grad in grads if isinstance(grad, DTensor)]
     plain = [grad for grad in grads if not isinstance(grad, DTensor)]
     squares = torch.stack([_norm(sharded, grads[0].device), _norm(plain, grads[0].device)]) ** 2
     if sharded and world_size() > 1:
         dist.all_reduce(squares[:1])
-    norm = squares.sum().sqrt().item()
-    if 0 < max_norm < norm < float("inf"):
-        torch._foreach_mul_([*sharded, *plain], max_norm / (norm + 1e-6))
+    norm = squares.sum().sqrt()
+    above = norm.isfinite() & (norm > max_norm)
+    # Asking a CPU's tensor costs nothing, and spares small norms the pass over the gradients.
+    if max_norm > 0 and (not norm.is_cpu or above):
+        scale = torch.where(above, max_norm / (norm + 1e-6), 1.0).float()
+        torch._foreach_mul_([*sharded, *plain], scale)
     return norm
 
 

@@ -250,7 +250,7 @@ def fit(trainer: Trainer, config: Config, out: Path, observer: Observer, *, resu
     ):
         clock, pictures = time.monotonic(), 0
         for step in range(first, steps):
-            row = trainer.step(step)
+            row = parallel.numbers(trainer.step(step))
             done, pictures = step + 1, pictures + config.run.batch
             _check_finite([n for n, v in row.items() if not math.isfinite(v)], trainer, done)
             saver.check()

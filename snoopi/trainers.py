@@ -90,14 +90,19 @@ class Optimizer:
         )
         self.state = OptimizerState(self.adamw, named)
 
-    def update(self, step: int) -> float:
-        """One update from this rank's gradients; returns their norm before clipping."""
+    def update(self, step: int) -> Tensor:
+        """One update from this rank's gradients; returns their norm before clipping, float64 [].
+
+        A norm that is not finite leaves weights and moments as they are. Does not wait for the
+        device.
+        """
         parallel.reduce_gradients(self.parameters)
         norm = parallel.clip_grad_norm(self.parameters, self.optim.clip)
         for group in self.adamw.param_groups:
             group["lr"] = self.optim.lr * lr_factor(self.optim, step, self.steps)
-        if math.isfinite(norm):  # the loop stops on what is not: keep the last good weights
-            self.adamw.step()
+        # The fused update asks it on the device; the loop stops there: keep the last good weights.
+        self.adamw.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         return norm
 
@@ -309,10 +314,12 @@ def average_dtype(config: Config) -> torch.dtype:
 
 
 def spread(net: Any, config: Config, device: torch.device, folder: Path | None = None) -> Any:
-    """Activation checkpointing and FSDP2 as the recipe says; in place.
+    """torch.compile, activation checkpointing and FSDP2 as the recipe says; in place.
 
     A backbone that `load` has deferred is read now from its model folder, by each rank its part.
     """
+    if config.parallel.compile:
+        parallel.compile_blocks(net.blocks())
     if config.parallel.checkpointing:
         parallel.checkpoint_blocks(net.blocks())
     if not parallel.is_sharded(config.parallel.shard):  # FSDP2 takes contiguous parameters only
