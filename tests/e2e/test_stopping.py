@@ -193,17 +193,17 @@ def test_torchrun_passes_signals_and_lines_on(out: Path, reference: Path, warm: 
 
 # --- kill -9 of a rank ----------------------------------------------------------------------------
 
-RANK_KILLS = int(os.environ.get("SNOOPI_RANK_KILLS", "2"))
+RANK_KILLS = int(os.environ.get("SNOOPI_RANK_KILLS", "3"))
 TWO_RANKS = (*FAST, QUIET, "run.steps=10", "run.keep=3", "run.milestones=5")
 
 
-def torchrun(out: Path, restarts: int = 0) -> subprocess.Popen[str]:
+def torchrun(out: Path, *words: str, restarts: int = 0) -> subprocess.Popen[str]:
     """Two ranks, under a launcher that starts both anew when one dies."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node=2", f"--max-restarts={restarts}", "-m", "snoopi.train"]
     with out.with_suffix(".err").open("w") as stream:
         return subprocess.Popen(
-            [*launcher, *TWO_RANKS, "--out", str(out), "--resume"],
+            [*launcher, *TWO_RANKS, *words, "--out", str(out), "--resume"],
             env=ENV,
             stdout=stream,
             stderr=stream,
@@ -226,52 +226,89 @@ def ranks_of(launcher: int) -> dict[int, int]:
     return found
 
 
+def moment_of_two(rng: random.Random, out: Path, life: float) -> tuple[str, Callable[[], bool]]:
+    """When to kill a rank in the life that begins now: at any time of it (half of it is torch's
+    import and the ranks' finding one another), after some rows, while a state or a model is written
+    by this life and not by the one before. A life may end before its moment comes."""
+    born, rows_before = time.time(), row_count(out)
+    kind = rng.choice(["time", "time", "row", "row", "state", "model"])
+    seconds, rows_later = rng.uniform(0, life), rows_before + rng.randint(1, 3)
+
+    def now() -> bool:
+        if kind == "time":
+            return time.time() > born + seconds
+        if kind == "row":
+            return row_count(out) >= rows_later
+        pattern = "state/.partial-*/*" if kind == "state" else ".model.*/*"
+        with contextlib.suppress(OSError):  # it may get its final name meanwhile
+            return any(path.stat().st_mtime > born for path in out.glob(pattern))
+        return False
+
+    return f"{kind} {seconds:.1f} s" if kind == "time" else kind, now
+
+
+def saved(out: Path) -> dict[int, dict[str, tuple[int, str]]]:
+    """Sizes and hashes of all files of a run's states, by step; not of DCP's index of them, which
+    names each save anew."""
+    states = out / "state"
+    steps = {step: runstate.manifest(states / f"step-{step:08d}") for step in runstate.steps(out)}
+    return {
+        step: {name: entry for name, entry in found.files.items() if name != ".metadata"}
+        for step, found in steps.items()
+    }
+
+
+def assert_same_run(out: Path, straight: Path) -> None:
+    """Rows, states and model of two finished runs are the same, bit for bit; nothing is left."""
+    assert rows(out) == rows(straight)
+    assert saved(out) == saved(straight) and list(saved(out)) == [5, 6, 8, 10]
+    weights = [model_bytes(each) for each in (out, straight)]
+    for files in weights:
+        del files["snoopi.json"]  # names the run's folder
+    assert weights[0] == weights[1]
+    assert_nothing_half(out)
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_kill_9_of_any_rank_and_torchruns_restart(out: Path, reference: Path) -> None:
+@pytest.mark.parametrize("words", [(), ("run.async_save=true",)], ids=["at-once", "background"])
+def test_kill_9_of_any_rank_and_torchruns_restart(
+    out: Path, reference: Path, words: tuple[str, ...]
+) -> None:
     """`SNOOPI_RANK_KILLS=20 pytest -m slow -k any_rank` kills 20 times; SNOOPI_KILL_SEED repeats.
 
-    A rank dies after some rows of a life, or while a state is written; torchrun starts both anew,
-    and the run ends as one that nobody killed. Not before the first step: what torch's rendezvous
-    makes of a death in the middle of it is torchrun's affair, hence restarts to spare.
+    At a random moment of a life a random rank dies; torchrun starts both anew, and the run ends as
+    one that nobody killed. Each death costs one of torchrun's restarts, none is to spare.
     """
     seed = int(os.environ.get("SNOOPI_KILL_SEED", random.SystemRandom().randrange(2**32)))
-    print(f"seed of the moments (SNOOPI_KILL_SEED): {seed}")
+    print(f"seed of the moments (SNOOPI_KILL_SEED): {seed}", flush=True)
     rng = random.Random(seed)
-    straight = out.with_name("straight")
+    straight, started = out.with_name("straight"), time.time()
     assert torchrun(straight).wait(timeout=300) == 0, straight.with_suffix(".err").read_text()
-    launched = torchrun(out, restarts=2 * RANK_KILLS + 2)
-    steps_at_death: list[int] = []
-    killed: set[int] = set()
-    while len(steps_at_death) < RANK_KILLS and launched.poll() is None:
-        before, born = row_count(out), time.time()
-        kind = rng.choice(["row", "row", "state"])
-        later = before + rng.randint(1, 3)
-
-        def now(kind: str = kind, later: int = later, born: float = born) -> bool:
-            if kind == "state":  # of this life, not one that the former left behind
-                with contextlib.suppress(OSError):  # it may get its final name meanwhile
-                    return any(p.stat().st_mtime > born for p in out.glob("state/.partial-*/*"))
-                return False
-            return row_count(out) >= later
-
-        while launched.poll() is None and not now():
-            time.sleep(0.005)
-        ranks = {r: pid for r, pid in ranks_of(launched.pid).items() if pid not in killed}
-        if len(ranks) == 2:
-            os.kill(ranks[rng.randrange(2)], signal.SIGKILL)
-            killed |= set(ranks.values())
-            steps_at_death.append(row_count(out))
-        while launched.poll() is None and not set(ranks_of(launched.pid).values()) - killed:
-            time.sleep(0.05)
-    assert launched.wait(timeout=300) == 0, out.with_suffix(".err").read_text()
-    print(f"steps when killed: {steps_at_death}")
-    assert steps_at_death, "nobody was killed"
-    assert rows(out) == rows(straight), f"seed {seed}"
-    assert_nothing_half(out)
-    weights = [model_bytes(each)["backbone.safetensors"] for each in (out, straight)]
-    assert weights[0] == weights[1]
-    assert runstate.steps(out) == runstate.steps(straight) == [5, 6, 8, 10]
+    life = time.time() - started
+    kills = finished = 0
+    while kills < RANK_KILLS:
+        out = out.with_name(f"killed-{finished}")
+        launched = torchrun(out, *words, restarts=RANK_KILLS - kills)
+        gone: set[int] = set()
+        while kills < RANK_KILLS and launched.poll() is None:
+            ranks = ranks_of(launched.pid)
+            if len(ranks) < 2 or gone & set(ranks.values()):  # the next life has not begun yet
+                time.sleep(0.005)
+                continue
+            kind, now = moment_of_two(rng, out, life)
+            while set(ranks_of(launched.pid).values()) == set(ranks.values()) and not now():
+                time.sleep(0.005)
+            gone |= set(ranks.values())
+            if ranks_of(launched.pid) == ranks:
+                rank = rng.randrange(2)
+                os.kill(ranks[rank], signal.SIGKILL)
+                kills += 1
+                print(f"{kills}: rank {rank}, {kind}, row {row_count(out)}", flush=True)
+        assert launched.wait(timeout=300) == 0, out.with_suffix(".err").read_text()
+        assert_same_run(out, straight)
+        finished += 1
+    print(f"{finished} runs finished", flush=True)
 
 
 # --- kill -9 --------------------------------------------------------------------------------------
