@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -219,18 +219,35 @@ RANK_KILLS = int(os.environ.get("SNOOPI_RANK_KILLS", "3"))
 TWO_RANKS = (*FAST, QUIET, "run.steps=10", "run.keep=3", "run.milestones=5")
 
 
-def torchrun(out: Path, *words: str, restarts: int = 0) -> subprocess.Popen[str]:
-    """Two ranks, under a launcher that starts both anew when one dies."""
+LIFE = 120  # seconds that no life of two ranks takes: who waits longer, hangs
+
+
+@contextlib.contextmanager
+def torchrun(out: Path, *words: str, restarts: int = 0) -> Iterator[subprocess.Popen[str]]:
+    """Two ranks, under a launcher that starts both anew when one dies; ended on exit."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node=2", f"--max-restarts={restarts}", "-m", "snoopi.train"]
     with out.with_suffix(".err").open("w") as stream:
-        return subprocess.Popen(
+        launched = subprocess.Popen(
             [*launcher, *TWO_RANKS, *words, "--out", str(out), "--resume"],
             env=ENV,
             stdout=stream,
             stderr=stream,
             text=True,
         )
+    try:
+        yield launched
+    finally:
+        launched.terminate()
+        launched.wait(timeout=LIFE)
+
+
+def finished(launched: subprocess.Popen[str], out: Path) -> None:
+    """Wait for the end of a run, which must be a good one, and told without a traceback."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        launched.wait(LIFE)
+    told = out.with_suffix(".err").read_text()
+    assert launched.poll() == 0 and "Traceback" not in told, told
 
 
 def ranks_of(launcher: int) -> dict[int, int]:
@@ -246,6 +263,19 @@ def ranks_of(launcher: int) -> dict[int, int]:
     except OSError:  # one of them has just ended
         return {}
     return found
+
+
+def lives(launched: subprocess.Popen[str]) -> Iterator[dict[int, int]]:
+    """The ranks of each life that a torchrun gives them, until it ends or no new life comes."""
+    known: set[int] = set()
+    end = time.monotonic() + LIFE
+    while launched.poll() is None and time.monotonic() < end:
+        ranks = ranks_of(launched.pid)
+        if len(ranks) == 2 and not known & set(ranks.values()):
+            known |= set(ranks.values())
+            yield ranks
+            end = time.monotonic() + LIFE
+        time.sleep(0.005)
 
 
 def moment_of_two(rng: random.Random, out: Path, life: float) -> tuple[str, Callable[[], bool]]:
@@ -284,33 +314,31 @@ def test_kill_9_of_any_rank_and_torchruns_restart(
     print(f"seed of the moments (SNOOPI_KILL_SEED): {seed}", flush=True)
     rng = random.Random(seed)
     straight, started = out.with_name("straight"), time.time()
-    assert torchrun(straight).wait(timeout=300) == 0, straight.with_suffix(".err").read_text()
+    with torchrun(straight) as launched:
+        finished(launched, straight)
     assert runstate.steps(straight) == [5, 6, 8, 10]
     life = time.time() - started
-    kills = finished = 0
+    kills = runs = 0
     while kills < RANK_KILLS:
-        out = out.with_name(f"killed-{finished}")
-        launched = torchrun(out, *words, restarts=RANK_KILLS - kills)
-        gone: set[int] = set()
-        while kills < RANK_KILLS and launched.poll() is None:
-            ranks = ranks_of(launched.pid)
-            if len(ranks) < 2 or gone & set(ranks.values()):  # the next life has not begun yet
-                time.sleep(0.005)
-                continue
-            kind, now = moment_of_two(rng, out, life)
-            while set(ranks_of(launched.pid).values()) == set(ranks.values()) and not now():
-                time.sleep(0.005)
-            gone |= set(ranks.values())
-            if ranks_of(launched.pid) == ranks:
-                rank = rng.randrange(2)
-                os.kill(ranks[rank], signal.SIGKILL)
-                kills += 1
-                print(f"{kills}: rank {rank}, {kind}, row {row_count(out)}", flush=True)
-        assert launched.wait(timeout=300) == 0, out.with_suffix(".err").read_text()
-        assert "Traceback" not in out.with_suffix(".err").read_text()
+        out = out.with_name(f"killed-{runs}")
+        with torchrun(out, *words, restarts=RANK_KILLS - kills) as launched:
+            for ranks in lives(launched):
+                kind, now = moment_of_two(rng, out, life)
+                end = time.monotonic() + LIFE
+                while ranks_of(launched.pid) == ranks and not now():
+                    assert time.monotonic() < end, out.with_suffix(".err").read_text()
+                    time.sleep(0.005)
+                if ranks_of(launched.pid) == ranks:
+                    rank = rng.randrange(2)
+                    os.kill(ranks[rank], signal.SIGKILL)
+                    kills += 1
+                    print(f"{kills}: rank {rank}, {kind}, row {row_count(out)}", flush=True)
+                if kills == RANK_KILLS:
+                    break
+            finished(launched, out)
         assert_same_run(out, straight)
-        finished += 1
-    print(f"{finished} runs finished", flush=True)
+        runs += 1
+    print(f"{runs} runs finished", flush=True)
 
 
 # --- kill -9 --------------------------------------------------------------------------------------
