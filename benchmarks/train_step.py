@@ -100,7 +100,7 @@ def teacher(case: Case) -> Pipeline:
 
 
 def distiller(case: Case, **changes: Any) -> Distiller:
-    """snoopi's side. Adapters start far from zero: the teachers must differ by more than bf16 rounds.
+    """snoopi's side. Adapters start far from zero: the teachers differ by more than bf16 rounds.
 
     changes: of the recipe's section parallel.
     """

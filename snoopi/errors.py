@@ -49,6 +49,21 @@ def one_line(error: Exception) -> str | None:
     return " ".join(str(error).split()) if isinstance(error, ValueError) else None
 
 
+class RankLost(RuntimeError):
+    """Another rank has died or does not answer: no mistake of the user, nor a bug of this rank."""
+
+
+# gloo has no class of its own for it, NCCL has one class for everything: only the text tells.
+_UNREACHABLE = re.compile(r"gloo/(transport|rendezvous)/|ncclRemoteError|remote process exited")
+
+
+def of_the_network(error: BaseException) -> bool:
+    """Whether a collective failed because another rank could not be reached."""
+    if type(error).__name__ in ("DistNetworkError", "DistStoreError"):
+        return True
+    return isinstance(error, RuntimeError) and bool(_UNREACHABLE.search(str(error)))
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Name the file in an OSError that does not: a write to an open file knows no name.

@@ -10,9 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import signal
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from types import FrameType
 from typing import Any, Literal
 
@@ -20,21 +24,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from snoopi.errors import Interrupted
+from snoopi.errors import Interrupted, RankLost, of_the_network
 
 Shard = Literal["auto", "always", "never"]
 Dtype = Literal["fp32", "bf16"]
 Read = Callable[[str, slice], Tensor]  # rows of a named tensor
 COMPILED = 16  # graphs of one block
+# How long a rank waits for one that lives: rank 0 alone makes pictures and reports. One that has
+# died is noticed at once.
+TIMEOUT = timedelta(minutes=30)
 
 
 # --- ranks ----------------------------------------------------------------------------------------
@@ -69,10 +78,56 @@ def setup(device: Literal["auto", "cpu", "cuda"] = "auto", group: bool = False) 
 
 def _join(backend: str, group: bool) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group(backend)
+        store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+        store.set_timeout(TIMEOUT)
+        fresh = PrefixStore(_name_of_this_start(store, rank, world), store)
+        dist.init_process_group(backend, store=fresh, rank=rank, world_size=world, timeout=TIMEOUT)
     elif group:
         store = dist.HashStore()  # type: ignore[attr-defined]  # torch exports it by *
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
+
+
+def _name_of_this_start(store: Store, rank: int, world: int, timeout: timedelta = TIMEOUT) -> str:
+    """A name that the ranks of this start share, and no rank of an earlier one.
+
+    torchrun's store outlives the ranks (TORCH_DISABLE_SHARE_RDZV_TCP_STORE is off by default), so
+    after a restart it holds the addresses of dead ones, and a rank that is early would take them
+    for its peers'. Under a prefix of this start's own it finds nothing old. torchrun's restart
+    count is no such prefix: each machine has its own. So every rank says a word that is new,
+    rank 0 answers each with the name, and waits until all have taken it.
+
+    Raises:
+        RankLost: a rank did not answer within the timeout.
+    """
+    word, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    others = list(range(1, world)) if rank == 0 else [0]
+    name, answered = word, dict.fromkeys(others, "")
+    store.set(f"word/{rank}", word)
+    while others:
+        if rank == 0:
+            for other in others:
+                said = _peek(store, f"word/{other}")
+                if said != answered[other]:  # the first may be a dead rank's
+                    store.set(f"answer/{other}", f"{said} {name}")
+                    answered[other] = said
+            others = [other for other in others if _peek(store, f"taken/{other}") != name]
+        else:
+            said, _, name = _peek(store, f"answer/{rank}").partition(" ")
+            if said == word:
+                store.set(f"taken/{rank}", name)
+                others = []
+        if others and time.monotonic() > end:
+            missing = ", ".join(map(str, others))
+            raise RankLost(
+                f"rank {missing} of {world} did not start within {timeout.total_seconds():g} s"
+            )
+        time.sleep(0.01 if others else 0)
+    return name
+
+
+def _peek(store: Store, key: str) -> str:
+    """A value of the store, "" if it has none: does not wait for one."""
+    return store.get(key).decode() if store.check([key]) else ""
 
 
 def teardown() -> None:
@@ -86,16 +141,27 @@ def teardown() -> None:
 def session(
     device: Literal["auto", "cpu", "cuda"] = "auto", group: bool = False
 ) -> Iterator[torch.device]:
-    """`setup` on entry, `teardown` on exit; after an exception without waiting for other ranks."""
-    found = setup(device, group)
+    """`setup` on entry, `teardown` on exit; after an exception without waiting for other ranks.
+
+    Raises:
+        RankLost: another rank died or did not answer, here or in a collective of the body.
+    """
     try:
-        yield found
-    except BaseException:
+        yield setup(device, group)
+        teardown()
+    except BaseException as error:
         # Another rank may hang in a collective that this one never reaches: do not join it there.
         if dist.is_initialized() and world_size() == 1:
             dist.destroy_process_group()
+        if of_the_network(error):
+            raise RankLost(_in_words(error)) from error
         raise
-    teardown()
+
+
+def _in_words(error: BaseException) -> str:
+    """The first sentence of a collective's error, without the place in torch's source."""
+    text = re.sub(r"\[\S+\.(cc|cpp|h):\d+\] ", "", str(error)).partition("\n")[0]
+    return f"another rank has ended or does not answer ({text.partition('. ')[0]})"
 
 
 def rank() -> int:

@@ -667,9 +667,10 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _expected(error: BaseException) -> bool:
-    """Whether a disk or a foreign file can be the reason."""
+    """Whether a disk, a foreign file or another rank's death can be the reason."""
     reasons = (OSError, RunStateError, pickle.UnpicklingError)
-    return any(isinstance(behind, reasons) for behind in _chain(error))
+    chain = list(_chain(error))
+    return any(isinstance(b, reasons) or errors.of_the_network(b) for b in chain)
 
 
 def _cause(error: BaseException) -> str:

@@ -73,7 +73,8 @@ class Stopped(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0, 2 for a user's mistake, 130 or 143 when stopped."""
+    """The command; its exit status: 0, 2 for a user's mistake, 130 or 143 when stopped, 1 when
+    another rank was lost."""
     options = _parser().parse_intermixed_args(arguments)
     try:
         with errors.interruptible():
@@ -84,6 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _complain(line, every_rank=isinstance(error, OSError))
         return 2
+    except errors.RankLost as lost:
+        _complain(f"{lost}; the same command with --resume goes on", every_rank=True)
+        return 1
     except Stopped as stopped:
         _complain(str(stopped))
         return stopped.status
@@ -499,5 +503,7 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Threads of a process group may outlive an error: leave at once, with the right status.
-    os._exit(code) if code else sys.exit(0)
+    # Threads of a process group may outlive an error, and those of gloo can abort an interpreter
+    # that comes to a good end ("terminate called without an active exception"): leave at once.
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    os._exit(code) if code or not alone else sys.exit(0)

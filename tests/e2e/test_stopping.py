@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,28 @@ def writing_state(out: Path, step: int) -> bool:
     """Whether the state of a step is being written, some of it already there."""
     partial = out / "state" / f".partial-step-{step:08d}"
     return partial.is_dir() and any(path.stat().st_size for path in partial.iterdir())
+
+
+def saved(out: Path) -> dict[int, dict[str, tuple[int, str]]]:
+    """Sizes and hashes of all files of a run's states, by step; not of DCP's index of them, which
+    names each save anew."""
+    states = out / "state"
+    steps = {step: runstate.manifest(states / f"step-{step:08d}") for step in runstate.steps(out)}
+    return {
+        step: {name: entry for name, entry in found.files.items() if name != ".metadata"}
+        for step, found in steps.items()
+    }
+
+
+def assert_same_run(out: Path, straight: Path) -> None:
+    """Rows, states and model of two finished runs are the same, bit for bit; nothing is left."""
+    assert rows(out) == rows(straight)
+    assert saved(out) == saved(straight)
+    weights = [model_bytes(each) for each in (out, straight)]
+    for files in weights:
+        del files["snoopi.json"]  # names the run's folder
+    assert weights[0] == weights[1]
+    assert_nothing_half(out)
 
 
 def resumed(warm: Warm, out: Path, reference: Path, *words: str) -> Command:
@@ -193,22 +215,39 @@ def test_torchrun_passes_signals_and_lines_on(out: Path, reference: Path, warm: 
 
 # --- kill -9 of a rank ----------------------------------------------------------------------------
 
-RANK_KILLS = int(os.environ.get("SNOOPI_RANK_KILLS", "2"))
+RANK_KILLS = int(os.environ.get("SNOOPI_RANK_KILLS", "3"))
 TWO_RANKS = (*FAST, QUIET, "run.steps=10", "run.keep=3", "run.milestones=5")
 
 
-def torchrun(out: Path, restarts: int = 0) -> subprocess.Popen[str]:
-    """Two ranks, under a launcher that starts both anew when one dies."""
+LIFE = 120  # seconds that no life of two ranks takes: who waits longer, hangs
+
+
+@contextlib.contextmanager
+def torchrun(out: Path, *words: str, restarts: int = 0) -> Iterator[subprocess.Popen[str]]:
+    """Two ranks, under a launcher that starts both anew when one dies; ended on exit."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node=2", f"--max-restarts={restarts}", "-m", "snoopi.train"]
     with out.with_suffix(".err").open("w") as stream:
-        return subprocess.Popen(
-            [*launcher, *TWO_RANKS, "--out", str(out), "--resume"],
+        launched = subprocess.Popen(
+            [*launcher, *TWO_RANKS, *words, "--out", str(out), "--resume"],
             env=ENV,
             stdout=stream,
             stderr=stream,
             text=True,
         )
+    try:
+        yield launched
+    finally:
+        launched.terminate()
+        launched.wait(timeout=LIFE)
+
+
+def finished(launched: subprocess.Popen[str], out: Path) -> None:
+    """Wait for the end of a run, which must be a good one, and told without a traceback."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        launched.wait(LIFE)
+    told = out.with_suffix(".err").read_text()
+    assert launched.poll() == 0 and "Traceback" not in told, told
 
 
 def ranks_of(launcher: int) -> dict[int, int]:
@@ -226,52 +265,80 @@ def ranks_of(launcher: int) -> dict[int, int]:
     return found
 
 
+def lives(launched: subprocess.Popen[str]) -> Iterator[dict[int, int]]:
+    """The ranks of each life that a torchrun gives them, until it ends or no new life comes."""
+    known: set[int] = set()
+    end = time.monotonic() + LIFE
+    while launched.poll() is None and time.monotonic() < end:
+        ranks = ranks_of(launched.pid)
+        if len(ranks) == 2 and not known & set(ranks.values()):
+            known |= set(ranks.values())
+            yield ranks
+            end = time.monotonic() + LIFE
+        time.sleep(0.005)
+
+
+def moment_of_two(rng: random.Random, out: Path, life: float) -> tuple[str, Callable[[], bool]]:
+    """When to kill a rank in the life that begins now: at any time of it (half of it is torch's
+    import and the ranks' finding one another), after some rows, while a state or a model is written
+    by this life and not by the one before. A life may end before its moment comes."""
+    born, rows_before = time.time(), row_count(out)
+    kind = rng.choice(["time", "time", "row", "row", "state", "model"])
+    seconds, rows_later = rng.uniform(0, life), rows_before + rng.randint(1, 3)
+
+    def now() -> bool:
+        if kind == "time":
+            return time.time() > born + seconds
+        if kind == "row":
+            return row_count(out) >= rows_later
+        pattern = "state/.partial-*/*" if kind == "state" else ".model.*/*"
+        with contextlib.suppress(OSError):  # it may get its final name meanwhile
+            return any(path.stat().st_mtime > born for path in out.glob(pattern))
+        return False
+
+    return f"{kind} {seconds:.1f} s" if kind == "time" else kind, now
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_kill_9_of_any_rank_and_torchruns_restart(out: Path, reference: Path) -> None:
+@pytest.mark.parametrize("words", [(), ("run.async_save=true",)], ids=["at-once", "background"])
+def test_kill_9_of_any_rank_and_torchruns_restart(
+    out: Path, reference: Path, words: tuple[str, ...]
+) -> None:
     """`SNOOPI_RANK_KILLS=20 pytest -m slow -k any_rank` kills 20 times; SNOOPI_KILL_SEED repeats.
 
-    A rank dies after some rows of a life, or while a state is written; torchrun starts both anew,
-    and the run ends as one that nobody killed. Not before the first step: what torch's rendezvous
-    makes of a death in the middle of it is torchrun's affair, hence restarts to spare.
+    At a random moment of a life a random rank dies; torchrun starts both anew, and the run ends as
+    one that nobody killed. Each death costs one of torchrun's restarts, none is to spare.
     """
     seed = int(os.environ.get("SNOOPI_KILL_SEED", random.SystemRandom().randrange(2**32)))
-    print(f"seed of the moments (SNOOPI_KILL_SEED): {seed}")
+    print(f"seed of the moments (SNOOPI_KILL_SEED): {seed}", flush=True)
     rng = random.Random(seed)
-    straight = out.with_name("straight")
-    assert torchrun(straight).wait(timeout=300) == 0, straight.with_suffix(".err").read_text()
-    launched = torchrun(out, restarts=2 * RANK_KILLS + 2)
-    steps_at_death: list[int] = []
-    killed: set[int] = set()
-    while len(steps_at_death) < RANK_KILLS and launched.poll() is None:
-        before, born = row_count(out), time.time()
-        kind = rng.choice(["row", "row", "state"])
-        later = before + rng.randint(1, 3)
-
-        def now(kind: str = kind, later: int = later, born: float = born) -> bool:
-            if kind == "state":  # of this life, not one that the former left behind
-                with contextlib.suppress(OSError):  # it may get its final name meanwhile
-                    return any(p.stat().st_mtime > born for p in out.glob("state/.partial-*/*"))
-                return False
-            return row_count(out) >= later
-
-        while launched.poll() is None and not now():
-            time.sleep(0.005)
-        ranks = {r: pid for r, pid in ranks_of(launched.pid).items() if pid not in killed}
-        if len(ranks) == 2:
-            os.kill(ranks[rng.randrange(2)], signal.SIGKILL)
-            killed |= set(ranks.values())
-            steps_at_death.append(row_count(out))
-        while launched.poll() is None and not set(ranks_of(launched.pid).values()) - killed:
-            time.sleep(0.05)
-    assert launched.wait(timeout=300) == 0, out.with_suffix(".err").read_text()
-    print(f"steps when killed: {steps_at_death}")
-    assert steps_at_death, "nobody was killed"
-    assert rows(out) == rows(straight), f"seed {seed}"
-    assert_nothing_half(out)
-    weights = [model_bytes(each)["backbone.safetensors"] for each in (out, straight)]
-    assert weights[0] == weights[1]
-    assert runstate.steps(out) == runstate.steps(straight) == [5, 6, 8, 10]
+    straight, started = out.with_name("straight"), time.time()
+    with torchrun(straight) as launched:
+        finished(launched, straight)
+    assert runstate.steps(straight) == [5, 6, 8, 10]
+    life = time.time() - started
+    kills = runs = 0
+    while kills < RANK_KILLS:
+        out = out.with_name(f"killed-{runs}")
+        with torchrun(out, *words, restarts=RANK_KILLS - kills) as launched:
+            for ranks in lives(launched):
+                kind, now = moment_of_two(rng, out, life)
+                end = time.monotonic() + LIFE
+                while ranks_of(launched.pid) == ranks and not now():
+                    assert time.monotonic() < end, out.with_suffix(".err").read_text()
+                    time.sleep(0.005)
+                if ranks_of(launched.pid) == ranks:
+                    rank = rng.randrange(2)
+                    os.kill(ranks[rank], signal.SIGKILL)
+                    kills += 1
+                    print(f"{kills}: rank {rank}, {kind}, row {row_count(out)}", flush=True)
+                if kills == RANK_KILLS:
+                    break
+            finished(launched, out)
+        assert_same_run(out, straight)
+        runs += 1
+    print(f"{runs} runs finished", flush=True)
 
 
 # --- kill -9 --------------------------------------------------------------------------------------
@@ -295,14 +362,15 @@ def moment(rng: random.Random, out: Path, life: float) -> Callable[[], bool]:
 
 
 def test_kill_9_at_random_moments(warm: Warm, out: Path, reference: Path) -> None:
-    """KILLS kills in one folder after another; each finished folder must equal the reference."""
+    """KILLS kills in one folder after another; each finished folder must equal a whole run's."""
     seed = int(os.environ.get("SNOOPI_KILL_SEED", random.SystemRandom().randrange(2**32)))
     print(f"seed of the moments (SNOOPI_KILL_SEED): {seed}")
     rng = random.Random(seed)
     started = time.monotonic()
-    warm.run("train", *FAST, QUIET, "--out", str(out))
+    straight = out
+    warm.run("train", *FAST, QUIET, "--out", str(straight))
     life = time.monotonic() - started
-    assert rows(out) == rows(reference)
+    assert rows(straight) == rows(reference)
     kills = finished = 0
     steps_at_death = []
     while kills < KILLS:
@@ -317,11 +385,11 @@ def test_kill_9_at_random_moments(warm: Warm, out: Path, reference: Path) -> Non
             steps_at_death.append(row_count(out))
         else:
             assert command.status == 0, command.stderr
-            assert rows(out) == rows(reference), f"seed {seed}"
-            assert_nothing_half(out)
+            assert_same_run(out, straight)
             finished += 1
         assert "warning" not in command.stderr, f"a state was damaged: {command.stderr}"
     print(f"steps when killed: {steps_at_death}, {finished} runs finished")
     if out.exists():
         resumed(warm, out, reference, QUIET)
+        assert_same_run(out, straight)
     assert len(set(steps_at_death)) > 2, "the moments were not spread over the run"
