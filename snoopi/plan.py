@@ -14,6 +14,7 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +26,10 @@ from torch.utils._pytree import tree_leaves
 from snoopi import lora, parallel, zoo
 from snoopi.conditioning import Conditioning
 from snoopi.config import Config
+from snoopi.folders import SPEC_FILE, read_tools
+from snoopi.methods.clip_loss import clip_loss, text_embeddings
 from snoopi.methods.vsd import surrogate, teacher_scores
-from snoopi.zoo import ModelSpec
+from snoopi.zoo import ModelSpec, ToolSpec
 
 GIB = 2**30
 RANKS = (1, 2, 4, 8, 64)  # columns of the table
@@ -72,21 +75,25 @@ class Live(TorchDispatchMode):
 class Work(NamedTuple):
     """Bytes above the networks' own at the peaks of a step, gradients and casts included.
 
-    student: the student's update, with the teachers' scores in it; lora: the LoRA teacher's.
+    student: the student's update, with the teachers' scores in it; clip: the CLIP loss in the
+    middle of it, 0 without; lora: the LoRA teacher's update.
     """
 
     student: int
+    clip: int
     lora: int
 
 
 class Case(NamedTuple):
     """One step to be measured: pictures at once, and how the recipe has it run.
 
-    gathered: weights come whole in run.dtype, as FSDP2 hands them out, and gradients leave at once.
+    clip: what the CLIP loss adds to the model's networks (`clip_tools`). gathered: weights come
+    whole in run.dtype, as FSDP2 hands them out, and gradients leave at once.
     """
 
     spec: ModelSpec
     config: Config
+    clip: ToolSpec | None
     batch: int
     gathered: bool
 
@@ -105,7 +112,8 @@ def _work_of(case: Case) -> Work:
                     parallel.checkpoint_blocks(net.blocks())
                 if case.gathered:
                     _as_gathered(net, case.config.run.dtype)
-            _MEASURED[key] = step(case.spec, case.config, student, pair, case.batch, live)
+            judge = None if case.clip is None else Judge.build(case.spec, case.clip)
+            _MEASURED[key] = step(case, student, pair, judge, live)
     return _MEASURED[key]
 
 
@@ -191,8 +199,37 @@ def networks(spec: ModelSpec, config: Config, device: str = "meta") -> tuple[Any
     return student, pair
 
 
-def step(spec: ModelSpec, config: Config, student: Any, pair: Any, batch: int, live: Live) -> Work:
+class Judge(NamedTuple):
+    """The CLIP loss's networks on the meta device, frozen."""
+
+    image_encoder: Any
+    text_encoder: Any
+    decoder: Any
+
+    @classmethod
+    def build(cls, spec: ModelSpec, tools: ToolSpec) -> Judge:
+        """Of `clip_tools`; the model's VAE decodes where they have no decoder."""
+        made = [
+            zoo.build(tools if part in tools.parts() else spec, part)
+            for part in ("image_encoder", "text_encoder", "vae")
+        ]
+        return cls(*(net.requires_grad_(False) for net in made))
+
+    def loss(self, x0: Tensor, dtype: parallel.Dtype) -> None:
+        """All prompts are read at once; then one picture stands for all, which come one by one."""
+        length = self.text_encoder.config.length
+        with _cast(dtype):
+            texts = text_embeddings(
+                self.text_encoder,
+                lambda prompts: (torch.zeros(len(prompts), length, dtype=torch.int64), None),  # type: ignore[arg-type]
+                [""] * len(x0),
+            )
+        clip_loss(x0[:1], texts[:1], 1.0, self.decoder, self.image_encoder, lambda: _cast(dtype))
+
+
+def step(case: Case, student: Any, pair: Any, judge: Judge | None, live: Live) -> Work:
     """A Distiller's step without its optimizers, on zeros."""
+    spec, config, batch = case.spec, case.config, case.batch
     start, dtype = live.now, config.run.dtype
     z = torch.zeros(batch, spec.latent_channels, spec.latent_size, spec.latent_size)
     cond, null = _text(spec, batch), _text(spec, 1)
@@ -203,15 +240,21 @@ def step(spec: ModelSpec, config: Config, student: Any, pair: Any, batch: int, l
     with _cast(dtype):
         passes = config.parallel.teacher_pass
         teacher_scores(pair, x0.detach(), t, cond, null, kappa, kappa, passes)
-    torch.autograd.backward(surrogate(x0, torch.zeros_like(x0)).mean())
-    first, x0 = live.peak - start, x0.detach()
+    loss, first, clip = surrogate(x0, torch.zeros_like(x0)).mean(), live.peak - start, 0
+    if judge is not None:
+        live.restart()
+        judge.loss(x0, dtype)
+        clip = live.peak - start
+    live.restart()
+    torch.autograd.backward(loss)
+    first, x0 = max(first, live.peak - start), x0.detach()
     student.zero_grad(set_to_none=True)
     live.restart()
     with _cast(dtype):
         error = pair(x0, t, cond).float() - x0
     torch.autograd.backward(error.square().mean())
     pair.zero_grad(set_to_none=True)
-    return Work(first, live.peak - start)
+    return Work(first, clip, live.peak - start)
 
 
 def _text(spec: ModelSpec, batch: int) -> Conditioning:
@@ -268,6 +311,7 @@ def plan(spec: ModelSpec, config: Config, ranks: int) -> Plan:
     learns = [p for p in student.parameters() if p.requires_grad]
     parts_read = () if config.data.cache else spec.parts()  # the cache stands in for the encoders
     texts = [zoo.build(spec, part) for part in parts_read if part.startswith("text_encoder")]
+    tools = clip_tools(spec, config)
     stays = {
         "student": size(student.parameters(), over),
         "teacher pair": size(pair.parameters(), over),
@@ -276,14 +320,58 @@ def plan(spec: ModelSpec, config: Config, ranks: int) -> Plan:
         "text encoders": sum(size(net.parameters(), 1) for net in texts),
         "VAE": size(zoo.build(spec, "vae").state_dict().values(), 1),
     }
-    student_work, lora_work = _work_of(Case(spec, _that_matters(config), batch, sharded))
+    if tools is not None:
+        nets = [zoo.build(tools, part) for part in tools.parts()]
+        stays["CLIP loss's networks"] = sum(size(net.parameters(), 1) for net in nets)
+    work = _work_of(Case(spec, _that_matters(config), tools, batch, sharded))
     if sharded:
         groups = _gathered(student, config.run.dtype), _gathered(pair, config.run.dtype)
-        gathered = sum(root for root, _ in groups) + max(block for _, block in groups)
-        student_work += gathered + size(learns, over)
-        lora_work += gathered + size(lora.parameters(pair), over)
-    works = {"student's update": student_work, "LoRA teacher's update": lora_work}
-    return Plan(ranks, batch, stays, works)
+        roots = sum(root for root, _ in groups)
+        gathered = roots + max(block for _, block in groups)
+        student_gradients, lora_gradients = size(learns, over), size(lora.parameters(pair), over)
+        work = Work(
+            work.student + gathered + student_gradients,
+            work.clip + roots,
+            work.lora + gathered + lora_gradients,
+        )
+    works = {"student's update": work.student}
+    if tools is not None:
+        works["its CLIP loss"] = work.clip
+    return Plan(ranks, batch, stays, {**works, "LoRA teacher's update": work.lora})
+
+
+def clip_tools(spec: ModelSpec, config: Config) -> ToolSpec | None:
+    """The networks that a recipe's CLIP loss adds to the model's: both towers, and its TAESD.
+
+    As the folders of [clip_loss] hold them; one that is not there yet is taken to be the model that
+    its name says, or else the usual one. None without the loss.
+
+    Raises:
+        ValueError: a folder that is there holds other tools.
+    """
+    section = config.clip_loss
+    if not section.weight:
+        return None
+    wanted = [("model", "clip-vit-b-32", ["image_encoder", "text_encoder"])]
+    if section.decoder == "taesd":
+        wanted.append(("taesd", "taesd", ["vae"]))
+    parts: dict[str, Any] = {}
+    for key, usual, names in wanted:
+        folder = Path(getattr(section, key))
+        found = _tools(folder, usual).parts()
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise ValueError(f"clip_loss.{key}: {folder} has no {', no '.join(missing)}")
+        parts |= {name: found[name] for name in names}
+    if "vae" in parts:  # a TAESD of other latents is refused when it is read
+        parts["vae"] = dataclasses.replace(parts["vae"], latent_channels=spec.latent_channels)
+    return ToolSpec("clip_loss", parts)
+
+
+def _tools(folder: Path, usual: str) -> ToolSpec:
+    if (folder / SPEC_FILE).is_file():
+        return read_tools(folder)[0]
+    return zoo.TOOLS.get(folder.name, zoo.TOOLS[usual])
 
 
 def _that_matters(config: Config) -> Config:
@@ -353,10 +441,13 @@ def describe(spec: ModelSpec, config: Config, ranks: Sequence[int]) -> str:
     for part in list(spec.parts())[1:]:
         count = sum(p.numel() for p in zoo.build(spec, part).parameters())
         lines.append(f"{part}: {count:,} parameters, frozen, fp32")
+    tools = clip_tools(spec, config)
+    if tools is not None:
+        for part in tools.parts():
+            count = sum(p.numel() for p in zoo.build(tools, part).parameters())
+            lines.append(f"CLIP loss's {part}: {count:,} parameters, frozen, fp32")
     plans = [plan(spec, config, n) for n in ranks]
     lines += ["", *_table(plans), _other(spec, config, plans[0]), _verdict(config, plans)]
-    if config.clip_loss.weight:
-        lines.append("not counted: the networks of the CLIP loss, and decoding a picture for it")
     return "\n".join(lines)
 
 
