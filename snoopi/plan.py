@@ -10,6 +10,7 @@ it needs less. What an allocator wastes and what libraries hold is not in it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ from snoopi import lora, parallel, zoo
 from snoopi.conditioning import Conditioning
 from snoopi.config import Config
 from snoopi.folders import SPEC_FILE, read_tools
+from snoopi.guidance import NASA
 from snoopi.methods.clip_loss import clip_loss, text_embeddings
 from snoopi.methods.vsd import surrogate, teacher_scores
 from snoopi.zoo import ModelSpec, ToolSpec
@@ -109,6 +111,8 @@ def _work_of(case: Case) -> Work:
             student, pair = networks(case.spec, case.config)
             for net in (student, pair):
                 if case.config.parallel.checkpointing:
+                    for block in net.blocks():
+                        block.forward = functools.partial(_forgetting, block.forward)
                     parallel.checkpoint_blocks(net.blocks())
                 if case.gathered:
                     _as_gathered(net, case.config.run.dtype)
@@ -133,7 +137,8 @@ class _Casts:
     """Autocast to bf16, which the meta device has not: inputs are cast, trained weights once."""
 
     def __init__(self) -> None:
-        self.on, self.kept = False, {}  # type: bool, dict[int, Tensor]
+        self.on = self.within = False
+        self.kept: dict[int, Tensor] = {}
 
     def __call__(self, x: Any) -> Any:
         if not self.on or not isinstance(x, Tensor) or x.dtype != torch.float32:
@@ -150,12 +155,25 @@ _casts = _Casts()
 
 @contextmanager
 def _cast(dtype: parallel.Dtype) -> Iterator[None]:
-    """As `parallel.autocast`, whose copies of weights live as long as the context."""
-    _casts.on = dtype == "bf16"
+    """As `parallel.autocast`, whose copies of weights live as long as the context.
+
+    It stays on after it: in a backward pass checkpointed blocks run as they did.
+    """
+    _casts.on, _casts.within = dtype == "bf16", True
     try:
         yield
     finally:
+        _casts.within = False
         _casts.kept.clear()
+
+
+def _forgetting(forward: Any, *args: Any) -> Any:
+    """A block's forward; where it runs again, autocast's context is of the block alone."""
+    try:
+        return forward(*args)
+    finally:
+        if not _casts.within:
+            _casts.kept.clear()
 
 
 @contextmanager
@@ -234,12 +252,19 @@ def step(case: Case, student: Any, pair: Any, judge: Judge | None, live: Live) -
     z = torch.zeros(batch, spec.latent_channels, spec.latent_size, spec.latent_size)
     cond, null = _text(spec, batch), _text(spec, 1)
     t, kappa = torch.full((batch,), 500), torch.ones(batch)
+    negative, guided = None, cond
+    if config.nasa_train.alpha[1] > 0:
+        negative, region = _text(spec, batch), torch.ones(batch, 1, 1)
+        guided = dataclasses.replace(cond, negative=negative, guidance=NASA(1.0), region=region)
+        for layer in student.cross_attentions():  # the op would refuse weights autocast has not met
+            layer.to_out[0].register_forward_hook(lambda *_: None)
+    _gradients_of_former_parts(student, case)
     live.restart()
     with _cast(dtype):
-        x0 = student(z, t, cond).float()
+        x0 = student(z, t, guided).float()
     with _cast(dtype):
         passes = config.parallel.teacher_pass
-        teacher_scores(pair, x0.detach(), t, cond, null, kappa, kappa, passes)
+        teacher_scores(pair, x0.detach(), t, cond, null, kappa, kappa, passes, negative=negative)
     loss, first, clip = surrogate(x0, torch.zeros_like(x0)).mean(), live.peak - start, 0
     if judge is not None:
         live.restart()
@@ -249,12 +274,21 @@ def step(case: Case, student: Any, pair: Any, judge: Judge | None, live: Live) -
     torch.autograd.backward(loss)
     first, x0 = max(first, live.peak - start), x0.detach()
     student.zero_grad(set_to_none=True)
+    _gradients_of_former_parts(pair, case)
     live.restart()
     with _cast(dtype):
         error = pair(x0, t, cond).float() - x0
     torch.autograd.backward(error.square().mean())
     pair.zero_grad(set_to_none=True)
     return Work(first, clip, live.peak - start)
+
+
+def _gradients_of_former_parts(net: nn.Module, case: Case) -> None:
+    """Under run.accumulate they are there from the start (gathered ones: see `plan`)."""
+    if case.config.run.accumulate > 1 and not case.gathered:
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
 
 
 def _text(spec: ModelSpec, batch: int) -> Conditioning:
@@ -328,10 +362,12 @@ def plan(spec: ModelSpec, config: Config, ranks: int) -> Plan:
         groups = _gathered(student, config.run.dtype), _gathered(pair, config.run.dtype)
         roots = sum(root for root, _ in groups)
         gathered = roots + max(block for _, block in groups)
-        student_gradients, lora_gradients = size(learns, over), size(lora.parameters(pair), over)
+        # Between the parts of a step FSDP2 keeps gradients whole: they are reduced after the last.
+        held = over if config.run.accumulate == 1 else 1
+        student_gradients, lora_gradients = size(learns, held), size(lora.parameters(pair), held)
         work = Work(
             work.student + gathered + student_gradients,
-            work.clip + roots,
+            work.clip + roots + (student_gradients if held == 1 else 0),
             work.lora + gathered + lora_gradients,
         )
     works = {"student's update": work.student}
@@ -376,7 +412,8 @@ def _tools(folder: Path, usual: str) -> ToolSpec:
 
 def _that_matters(config: Config) -> Config:
     """A recipe that is equal for all whose steps are: what was measured once serves again."""
-    run = dataclasses.replace(Config().run, dtype=config.run.dtype)
+    parts = min(config.run.accumulate, 2)
+    run = dataclasses.replace(Config().run, dtype=config.run.dtype, accumulate=parts)
     model = dataclasses.replace(Config().model, student=config.model.student)
     return Config(
         run=run,
@@ -384,6 +421,7 @@ def _that_matters(config: Config) -> Config:
         lora=config.lora,
         student_lora=config.student_lora,
         vsd=config.vsd,
+        nasa_train=config.nasa_train,
         parallel=config.parallel,
     )
 

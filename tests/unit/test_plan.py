@@ -82,6 +82,8 @@ def test_live_follows_storages_until_they_die() -> None:
         ["parallel.checkpointing=true", "parallel.teacher_pass=sequential"],
         ["run.dtype=bf16", "run.batch=4"],
         ["model.student=lora", "student_lora.rank=4"],
+        ["nasa_train.alpha=[0, 1]", "run.dtype=bf16", "parallel.checkpointing=true"],
+        ["run.accumulate=2", "parallel.checkpointing=true"],
     ],
     ids=" ".join,
 )
@@ -95,7 +97,7 @@ def test_the_planned_step_is_the_step_that_runs(words: list[str]) -> None:
         live.restart()
         trainer.step(1)
     work = max(plan.plan(made.spec, config, 1).work.values())
-    assert live.peak - start == pytest.approx(work, rel=0.15)
+    assert live.peak - start == pytest.approx(work, rel=0.03)
 
 
 # A decoder that needs more than the student's update: else that would hide what it needs.
@@ -199,6 +201,9 @@ def test_ranks_divide_what_stays_and_the_batch() -> None:
     assert four.peak < one.peak
     whole = plan.plan(SPEC, recipe("run.batch=8"), 4)
     assert whole.stays == one.stays
+    parts = plan.plan(SPEC, recipe("parallel.shard=auto", "run.batch=8", "run.accumulate=2"), 4)
+    gradients = one.stays["student"] - four.stays["student"]  # they are whole between the parts
+    assert parts.work["student's update"] > gradients
     with pytest.raises(ValueError, match=r"expected 3 ranks x run.accumulate = 1 to divide"):
         plan.plan(SPEC, config, 3)
 
@@ -210,6 +215,13 @@ def test_checkpointing_and_sequential_passes_need_less() -> None:
     plain, checkpointed = work(), work("parallel.checkpointing=true")
     assert checkpointed < 0.5 * plain
     assert work("parallel.checkpointing=true", "parallel.teacher_pass=sequential") < checkpointed
+
+
+def test_negative_aware_training_needs_more() -> None:
+    def work(*words: str) -> int:
+        return plan.plan(SPEC, recipe("run.batch=2", *words), 1).work["student's update"]
+
+    assert work("nasa_train.alpha=[0, 1]") > 1.02 * work()
 
 
 def test_the_table_names_every_part() -> None:
@@ -228,14 +240,18 @@ import torch
 from snoopi import config as recipes, plan, zoo
 from snoopi.distiller import Distiller
 sys.path.insert(0, "tests/unit")
-from test_plan import SPECS, peak_rss, teacher
+from test_plan import DECODING, SPECS, peak_rss, teacher
 
 name, *words = json.loads(sys.argv[1])
 config, spec = recipes.load("debug", words), SPECS[name]
 planned = plan.plan(spec, config, 1).peak
-made = teacher(spec)  # also warms what torch loads late
+# A small one first: libraries take memory at first use.
+small = Distiller(config, torch.device("cpu"), teacher(DECODING))
+small.step(0)
+made = teacher(spec)
 nets = [made.backbone, made.vae, *made.text_encoders]
 held = sum(p.nbytes for net in nets for p in net.parameters())
+del small
 gc.collect()
 before = peak_rss(reset=True)
 trainer = Distiller(config, torch.device("cpu"), made)
