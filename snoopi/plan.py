@@ -335,28 +335,10 @@ def plan(spec: ModelSpec, config: Config, ranks: int) -> Plan:
             f"--ranks: expected {ranks} ranks x run.accumulate = {config.run.accumulate} to divide "
             f"run.batch = {share}"
         )
-    batch = share // parts
-    shard = config.parallel.shard
-    sharded = shard == "always" or (shard == "auto" and ranks > 1)
+    batch, sharded = share // parts, _is_sharded(config, ranks)
     student, pair = networks(spec, config)
-    over = ranks if sharded else 1
-    trained = [p for net in (student, pair) for p in net.parameters() if p.requires_grad]
-    average = {"fp32": 4, "bf16": 2}[config.ema.dtype] if config.ema.decay else 0
     learns = [p for p in student.parameters() if p.requires_grad]
-    parts_read = () if config.data.cache else spec.parts()  # the cache stands in for the encoders
-    texts = [zoo.build(spec, part) for part in parts_read if part.startswith("text_encoder")]
-    tools = clip_tools(spec, config)
-    stays = {
-        "student": size(student.parameters(), over),
-        "teacher pair": size(pair.parameters(), over),
-        "optimizer moments": 2 * size(trained, over),
-        "moving average": size(learns, over) * average // 4,
-        "text encoders": sum(size(net.parameters(), 1) for net in texts),
-        "VAE": size(zoo.build(spec, "vae").state_dict().values(), 1),
-    }
-    if tools is not None:
-        nets = [zoo.build(tools, part) for part in tools.parts()]
-        stays["CLIP loss's networks"] = sum(size(net.parameters(), 1) for net in nets)
+    tools, over = clip_tools(spec, config), ranks if sharded else 1
     work = _work_of(Case(spec, _that_matters(config), tools, batch, sharded))
     if sharded:
         groups = _gathered(student, config.run.dtype), _gathered(pair, config.run.dtype)
@@ -373,7 +355,38 @@ def plan(spec: ModelSpec, config: Config, ranks: int) -> Plan:
     works = {"student's update": work.student}
     if tools is not None:
         works["its CLIP loss"] = work.clip
-    return Plan(ranks, batch, stays, {**works, "LoRA teacher's update": work.lora})
+    works["LoRA teacher's update"] = work.lora
+    return Plan(ranks, batch, what_stays(spec, config, ranks), works)
+
+
+def what_stays(spec: ModelSpec, config: Config, ranks: int) -> dict[str, int]:
+    """The bytes that a rank of `ranks` holds all the time, by what they are."""
+    over = ranks if _is_sharded(config, ranks) else 1
+    student, pair = networks(spec, config)
+    trained = [p for net in (student, pair) for p in net.parameters() if p.requires_grad]
+    average = {"fp32": 4, "bf16": 2}[config.ema.dtype] if config.ema.decay else 0
+    learns = [p for p in student.parameters() if p.requires_grad]
+    parts_read = () if config.data.cache else spec.parts()  # the cache stands in for the encoders
+    texts = [zoo.build(spec, part) for part in parts_read if part.startswith("text_encoder")]
+    stays = {
+        "student": size(student.parameters(), over),
+        "teacher pair": size(pair.parameters(), over),
+        "optimizer moments": 2 * size(trained, over),
+        "moving average": size(learns, over) * average // 4,
+        "text encoders": sum(size(net.parameters(), 1) for net in texts),
+        "VAE": size(zoo.build(spec, "vae").state_dict().values(), 1),
+    }
+    tools = clip_tools(spec, config)
+    if tools is not None:
+        nets = [zoo.build(tools, part) for part in tools.parts()]
+        stays["CLIP loss's networks"] = sum(size(net.parameters(), 1) for net in nets)
+    return stays
+
+
+def _is_sharded(config: Config, ranks: int) -> bool:
+    """As `parallel.is_sharded`, of a world that is not there."""
+    shard = config.parallel.shard
+    return shard == "always" or (shard == "auto" and ranks > 1)
 
 
 def clip_tools(spec: ModelSpec, config: Config) -> ToolSpec | None:
