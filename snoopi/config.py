@@ -252,7 +252,9 @@ class Ema:
     """Moving average of the trained weights; it is what the model folder holds."""
 
     decay: float = _key(0.0, "decay of each step; 0 switches the average off", low=0, high=0.999999)
-    dtype: Literal["fp32", "bf16"] = _key("fp32", "storage of the average")
+    dtype: Literal["fp32", "bf16"] = _key(
+        "fp32", "storage of the average; bf16 is rounded at random, so that small steps add up"
+    )
 
 
 @dataclass(frozen=True)

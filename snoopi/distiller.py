@@ -22,14 +22,13 @@ from snoopi.guidance import NASA
 from snoopi.health import PROBES, Health
 from snoopi.methods.clip_loss import ClipLoss, Decoder, clip_loss, text_embeddings
 from snoopi.methods.denoise import denoising_loss, drop_text
-from snoopi.methods.ema import EMA
 from snoopi.methods.vsd import draw_kappa, surrogate, teacher_scores, vsd_gradient
 from snoopi.noise import Noise
 from snoopi.pipeline import Pipeline, null_text
 from snoopi.runstate import trainable
 from snoopi.samplers import one_step
 from snoopi.textcache import TextCache
-from snoopi.trainers import Optimizer, average_dtype, averaged, local_parts, mean_row, spread
+from snoopi.trainers import Optimizer, average_of, averaged, local_parts, mean_row, spread
 from snoopi.worlds.shapes import ShapesWorld
 
 
@@ -89,7 +88,7 @@ class Distiller:
         self.student_optimizer = Optimizer(config.optim.student, run.steps, student=self.student)
         updates = run.steps * config.lora.updates_per_step
         self.lora_optimizer = Optimizer(config.optim.lora, updates, pair=self.pair)
-        self.average = EMA(self.student, config.ema.decay, average_dtype(config))
+        self.average = average_of(self.student, config)
         self.clip = (
             ClipNetworks.load(config, device, teacher.vae) if config.clip_loss.weight else None
         )

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_AT_ONCE = 16  # numbers of 16 bits that one count of a Philox generator makes
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -75,3 +77,15 @@ class Noise:
         for row, index in enumerate(indices):
             out[row] = self.generator(stream, step, index).integers(low, high, shape)
         return torch.from_numpy(out)
+
+    def bits(self, stream: str, step: int, first: int, count: int) -> Tensor:
+        """16 random bits of each of the elements first, first + 1, ... of one long row; int32.
+
+        An element's bits are the same whichever part of the row is asked for.
+        """
+        source = self.generator(stream, step, 0).bit_generator
+        assert isinstance(source, np.random.Philox)
+        skip = first % _AT_ONCE
+        source.advance(first // _AT_ONCE)
+        words = source.random_raw(-(-(skip + count) // 4)).astype("<u8", copy=False)
+        return torch.from_numpy(words.view("<u2")[skip : skip + count].astype(np.int32))

@@ -354,13 +354,10 @@ def shard(
 
 @torch.no_grad()
 def _fill(module: nn.Module, device: torch.device, read: Read) -> nn.Module:
-    """Give a meta module memory, and each tensor this rank's rows. FSDP2 divides as torch.chunk."""
+    """Give a meta module memory, and each tensor this rank's rows."""
     module.to_empty(device=device)
     for name, value in module.state_dict().items():
-        local, first = _local(value), 0
-        if isinstance(value, DTensor):
-            share = -(-len(value) // world_size())  # rows of every rank but the last ones
-            first = min(rank() * share, len(value))
+        local, first = local_rows(value)
         rows = slice(first, first + len(local)) if local.ndim else slice(None)
         if local.numel():
             local.copy_(read(name, rows))
@@ -463,6 +460,18 @@ def reshard(module: nn.Module) -> None:
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor (shares its storage); a plain tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """This rank's rows of a tensor (shares its storage), and which of its rows is the first."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    return tensor.to_local(), _first_row(tensor)
+
+
+def _first_row(value: DTensor) -> int:
+    """FSDP2 divides as torch.chunk: equal numbers of rows for every rank but the last ones."""
+    return min(rank() * -(-len(value) // world_size()), len(value))
 
 
 def reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -10,10 +10,12 @@ it needs less. What an allocator wastes and what libraries hold is not in it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +27,11 @@ from torch.utils._pytree import tree_leaves
 from snoopi import lora, parallel, zoo
 from snoopi.conditioning import Conditioning
 from snoopi.config import Config
+from snoopi.folders import SPEC_FILE, read_tools
+from snoopi.guidance import NASA
+from snoopi.methods.clip_loss import clip_loss, text_embeddings
 from snoopi.methods.vsd import surrogate, teacher_scores
-from snoopi.zoo import ModelSpec
+from snoopi.zoo import ModelSpec, ToolSpec
 
 GIB = 2**30
 RANKS = (1, 2, 4, 8, 64)  # columns of the table
@@ -72,21 +77,25 @@ class Live(TorchDispatchMode):
 class Work(NamedTuple):
     """Bytes above the networks' own at the peaks of a step, gradients and casts included.
 
-    student: the student's update, with the teachers' scores in it; lora: the LoRA teacher's.
+    student: the student's update, with the teachers' scores in it; clip: the CLIP loss in the
+    middle of it, 0 without; lora: the LoRA teacher's update.
     """
 
     student: int
+    clip: int
     lora: int
 
 
 class Case(NamedTuple):
     """One step to be measured: pictures at once, and how the recipe has it run.
 
-    gathered: weights come whole in run.dtype, as FSDP2 hands them out, and gradients leave at once.
+    clip: what the CLIP loss adds to the model's networks (`clip_tools`). gathered: weights come
+    whole in run.dtype, as FSDP2 hands them out, and gradients leave at once.
     """
 
     spec: ModelSpec
     config: Config
+    clip: ToolSpec | None
     batch: int
     gathered: bool
 
@@ -102,10 +111,13 @@ def _work_of(case: Case) -> Work:
             student, pair = networks(case.spec, case.config)
             for net in (student, pair):
                 if case.config.parallel.checkpointing:
+                    for block in net.blocks():
+                        block.forward = functools.partial(_forgetting, block.forward)
                     parallel.checkpoint_blocks(net.blocks())
                 if case.gathered:
                     _as_gathered(net, case.config.run.dtype)
-            _MEASURED[key] = step(case.spec, case.config, student, pair, case.batch, live)
+            judge = None if case.clip is None else Judge.build(case.spec, case.clip)
+            _MEASURED[key] = step(case, student, pair, judge, live)
     return _MEASURED[key]
 
 
@@ -125,7 +137,8 @@ class _Casts:
     """Autocast to bf16, which the meta device has not: inputs are cast, trained weights once."""
 
     def __init__(self) -> None:
-        self.on, self.kept = False, {}  # type: bool, dict[int, Tensor]
+        self.on = self.within = False
+        self.kept: dict[int, Tensor] = {}
 
     def __call__(self, x: Any) -> Any:
         if not self.on or not isinstance(x, Tensor) or x.dtype != torch.float32:
@@ -142,12 +155,25 @@ _casts = _Casts()
 
 @contextmanager
 def _cast(dtype: parallel.Dtype) -> Iterator[None]:
-    """As `parallel.autocast`, whose copies of weights live as long as the context."""
-    _casts.on = dtype == "bf16"
+    """As `parallel.autocast`, whose copies of weights live as long as the context.
+
+    It stays on after it: in a backward pass checkpointed blocks run as they did.
+    """
+    _casts.on, _casts.within = dtype == "bf16", True
     try:
         yield
     finally:
+        _casts.within = False
         _casts.kept.clear()
+
+
+def _forgetting(forward: Any, *args: Any) -> Any:
+    """A block's forward; where it runs again, autocast's context is of the block alone."""
+    try:
+        return forward(*args)
+    finally:
+        if not _casts.within:
+            _casts.kept.clear()
 
 
 @contextmanager
@@ -191,27 +217,78 @@ def networks(spec: ModelSpec, config: Config, device: str = "meta") -> tuple[Any
     return student, pair
 
 
-def step(spec: ModelSpec, config: Config, student: Any, pair: Any, batch: int, live: Live) -> Work:
+class Judge(NamedTuple):
+    """The CLIP loss's networks on the meta device, frozen."""
+
+    image_encoder: Any
+    text_encoder: Any
+    decoder: Any
+
+    @classmethod
+    def build(cls, spec: ModelSpec, tools: ToolSpec) -> Judge:
+        """Of `clip_tools`; the model's VAE decodes where they have no decoder."""
+        made = [
+            zoo.build(tools if part in tools.parts() else spec, part)
+            for part in ("image_encoder", "text_encoder", "vae")
+        ]
+        return cls(*(net.requires_grad_(False) for net in made))
+
+    def loss(self, x0: Tensor, dtype: parallel.Dtype) -> None:
+        """All prompts are read at once; then one picture stands for all, which come one by one."""
+        length = self.text_encoder.config.length
+        with _cast(dtype):
+            texts = text_embeddings(
+                self.text_encoder,
+                lambda prompts: (torch.zeros(len(prompts), length, dtype=torch.int64), None),  # type: ignore[arg-type]
+                [""] * len(x0),
+            )
+        clip_loss(x0[:1], texts[:1], 1.0, self.decoder, self.image_encoder, lambda: _cast(dtype))
+
+
+def step(case: Case, student: Any, pair: Any, judge: Judge | None, live: Live) -> Work:
     """A Distiller's step without its optimizers, on zeros."""
+    spec, config, batch = case.spec, case.config, case.batch
     start, dtype = live.now, config.run.dtype
     z = torch.zeros(batch, spec.latent_channels, spec.latent_size, spec.latent_size)
     cond, null = _text(spec, batch), _text(spec, 1)
     t, kappa = torch.full((batch,), 500), torch.ones(batch)
+    negative, guided = None, cond
+    if config.nasa_train.alpha[1] > 0:
+        negative, region = _text(spec, batch), torch.ones(batch, 1, 1)
+        guided = dataclasses.replace(cond, negative=negative, guidance=NASA(1.0), region=region)
+        for layer in student.cross_attentions():  # the op would refuse weights autocast has not met
+            layer.to_out[0].register_forward_hook(lambda *_: None)
+    _gradients_of_former_parts(student, case)
     live.restart()
     with _cast(dtype):
-        x0 = student(z, t, cond).float()
+        x0 = student(z, t, guided).float()
     with _cast(dtype):
         passes = config.parallel.teacher_pass
-        teacher_scores(pair, x0.detach(), t, cond, null, kappa, kappa, passes)
-    torch.autograd.backward(surrogate(x0, torch.zeros_like(x0)).mean())
-    first, x0 = live.peak - start, x0.detach()
+        teacher_scores(pair, x0.detach(), t, cond, null, kappa, kappa, passes, negative=negative)
+    loss, first, clip = surrogate(x0, torch.zeros_like(x0)).mean(), live.peak - start, 0
+    if judge is not None:
+        live.restart()
+        judge.loss(x0, dtype)
+        clip = live.peak - start
+    live.restart()
+    torch.autograd.backward(loss)
+    first, x0 = max(first, live.peak - start), x0.detach()
     student.zero_grad(set_to_none=True)
+    _gradients_of_former_parts(pair, case)
     live.restart()
     with _cast(dtype):
         error = pair(x0, t, cond).float() - x0
     torch.autograd.backward(error.square().mean())
     pair.zero_grad(set_to_none=True)
-    return Work(first, live.peak - start)
+    return Work(first, clip, live.peak - start)
+
+
+def _gradients_of_former_parts(net: nn.Module, case: Case) -> None:
+    """Under run.accumulate they are there from the start (gathered ones: see `plan`)."""
+    if case.config.run.accumulate > 1 and not case.gathered:
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
 
 
 def _text(spec: ModelSpec, batch: int) -> Conditioning:
@@ -258,11 +335,34 @@ def plan(spec: ModelSpec, config: Config, ranks: int) -> Plan:
             f"--ranks: expected {ranks} ranks x run.accumulate = {config.run.accumulate} to divide "
             f"run.batch = {share}"
         )
-    batch = share // parts
-    shard = config.parallel.shard
-    sharded = shard == "always" or (shard == "auto" and ranks > 1)
+    batch, sharded = share // parts, _is_sharded(config, ranks)
     student, pair = networks(spec, config)
-    over = ranks if sharded else 1
+    learns = [p for p in student.parameters() if p.requires_grad]
+    tools, over = clip_tools(spec, config), ranks if sharded else 1
+    work = _work_of(Case(spec, _that_matters(config), tools, batch, sharded))
+    if sharded:
+        groups = _gathered(student, config.run.dtype), _gathered(pair, config.run.dtype)
+        roots = sum(root for root, _ in groups)
+        gathered = roots + max(block for _, block in groups)
+        # Between the parts of a step FSDP2 keeps gradients whole: they are reduced after the last.
+        held = over if config.run.accumulate == 1 else 1
+        student_gradients, lora_gradients = size(learns, held), size(lora.parameters(pair), held)
+        work = Work(
+            work.student + gathered + student_gradients,
+            work.clip + roots + (student_gradients if held == 1 else 0),
+            work.lora + gathered + lora_gradients,
+        )
+    works = {"student's update": work.student}
+    if tools is not None:
+        works["its CLIP loss"] = work.clip
+    works["LoRA teacher's update"] = work.lora
+    return Plan(ranks, batch, what_stays(spec, config, ranks), works)
+
+
+def what_stays(spec: ModelSpec, config: Config, ranks: int) -> dict[str, int]:
+    """The bytes that a rank of `ranks` holds all the time, by what they are."""
+    over = ranks if _is_sharded(config, ranks) else 1
+    student, pair = networks(spec, config)
     trained = [p for net in (student, pair) for p in net.parameters() if p.requires_grad]
     average = {"fp32": 4, "bf16": 2}[config.ema.dtype] if config.ema.decay else 0
     learns = [p for p in student.parameters() if p.requires_grad]
@@ -276,19 +376,57 @@ def plan(spec: ModelSpec, config: Config, ranks: int) -> Plan:
         "text encoders": sum(size(net.parameters(), 1) for net in texts),
         "VAE": size(zoo.build(spec, "vae").state_dict().values(), 1),
     }
-    student_work, lora_work = _work_of(Case(spec, _that_matters(config), batch, sharded))
-    if sharded:
-        groups = _gathered(student, config.run.dtype), _gathered(pair, config.run.dtype)
-        gathered = sum(root for root, _ in groups) + max(block for _, block in groups)
-        student_work += gathered + size(learns, over)
-        lora_work += gathered + size(lora.parameters(pair), over)
-    works = {"student's update": student_work, "LoRA teacher's update": lora_work}
-    return Plan(ranks, batch, stays, works)
+    tools = clip_tools(spec, config)
+    if tools is not None:
+        nets = [zoo.build(tools, part) for part in tools.parts()]
+        stays["CLIP loss's networks"] = sum(size(net.parameters(), 1) for net in nets)
+    return stays
+
+
+def _is_sharded(config: Config, ranks: int) -> bool:
+    """As `parallel.is_sharded`, of a world that is not there."""
+    shard = config.parallel.shard
+    return shard == "always" or (shard == "auto" and ranks > 1)
+
+
+def clip_tools(spec: ModelSpec, config: Config) -> ToolSpec | None:
+    """The networks that a recipe's CLIP loss adds to the model's: both towers, and its TAESD.
+
+    As the folders of [clip_loss] hold them; one that is not there yet is taken to be the model that
+    its name says, or else the usual one. None without the loss.
+
+    Raises:
+        ValueError: a folder that is there holds other tools.
+    """
+    section = config.clip_loss
+    if not section.weight:
+        return None
+    wanted = [("model", "clip-vit-b-32", ["image_encoder", "text_encoder"])]
+    if section.decoder == "taesd":
+        wanted.append(("taesd", "taesd", ["vae"]))
+    parts: dict[str, Any] = {}
+    for key, usual, names in wanted:
+        folder = Path(getattr(section, key))
+        found = _tools(folder, usual).parts()
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise ValueError(f"clip_loss.{key}: {folder} has no {', no '.join(missing)}")
+        parts |= {name: found[name] for name in names}
+    if "vae" in parts:  # a TAESD of other latents is refused when it is read
+        parts["vae"] = dataclasses.replace(parts["vae"], latent_channels=spec.latent_channels)
+    return ToolSpec("clip_loss", parts)
+
+
+def _tools(folder: Path, usual: str) -> ToolSpec:
+    if (folder / SPEC_FILE).is_file():
+        return read_tools(folder)[0]
+    return zoo.TOOLS.get(folder.name, zoo.TOOLS[usual])
 
 
 def _that_matters(config: Config) -> Config:
     """A recipe that is equal for all whose steps are: what was measured once serves again."""
-    run = dataclasses.replace(Config().run, dtype=config.run.dtype)
+    parts = min(config.run.accumulate, 2)
+    run = dataclasses.replace(Config().run, dtype=config.run.dtype, accumulate=parts)
     model = dataclasses.replace(Config().model, student=config.model.student)
     return Config(
         run=run,
@@ -296,6 +434,7 @@ def _that_matters(config: Config) -> Config:
         lora=config.lora,
         student_lora=config.student_lora,
         vsd=config.vsd,
+        nasa_train=config.nasa_train,
         parallel=config.parallel,
     )
 
@@ -353,10 +492,13 @@ def describe(spec: ModelSpec, config: Config, ranks: Sequence[int]) -> str:
     for part in list(spec.parts())[1:]:
         count = sum(p.numel() for p in zoo.build(spec, part).parameters())
         lines.append(f"{part}: {count:,} parameters, frozen, fp32")
+    tools = clip_tools(spec, config)
+    if tools is not None:
+        for part in tools.parts():
+            count = sum(p.numel() for p in zoo.build(tools, part).parameters())
+            lines.append(f"CLIP loss's {part}: {count:,} parameters, frozen, fp32")
     plans = [plan(spec, config, n) for n in ranks]
     lines += ["", *_table(plans), _other(spec, config, plans[0]), _verdict(config, plans)]
-    if config.clip_loss.weight:
-        lines.append("not counted: the networks of the CLIP loss, and decoding a picture for it")
     return "\n".join(lines)
 
 

@@ -409,7 +409,7 @@ def _plan(config: Config, out: Path, ranks: int | None) -> str:
             count = sum(p.numel() for p in zoo.build(spec, part).parameters())
             lines.append(f"{part}: {count:,} parameters")
     else:
-        lines.append(f"teacher: {config.model.teacher}")
+        lines.append(f"teacher: {config.model.teacher}{_unmade(config.model.teacher)}")
         worlds = plan.worlds(config) if ranks is None else [ranks]
         lines.append(plan.describe(_teacher_spec(config, out), config, worlds))
     lines.append(_what(config))
@@ -424,11 +424,19 @@ def _teacher_spec(config: Config, out: Path) -> zoo.ModelSpec:
         return read_spec(shipped_or_path(name))[0]
     if name in recipes.recipes():
         return read_spec(trained)[0] if trained.is_dir() else _preset_of(name)
-    if name in zoo.PRESETS:
-        return zoo.model(name)
+    if name in zoo.PRESETS or _unmade(name):
+        return zoo.model(Path(name).name)
     known = [*shipped(), *recipes.recipes(), *zoo.PRESETS]
     near = recipes.nearest(name, known)
     raise ValueError(f"{name!r} is no model folder, no recipe, no shipped model, no preset{near}")
+
+
+def _unmade(teacher: str) -> str:
+    """What to say of a model folder that is not there yet but has a preset's name; else ""."""
+    path = Path(teacher)
+    if "/" not in teacher or path.exists() or path.name not in zoo.PRESETS:
+        return ""
+    return f" (not there yet: taken to have the sizes of the preset {path.name})"
 
 
 def _preset_of(recipe: str) -> zoo.ModelSpec:

@@ -121,7 +121,7 @@ class VAETrainer:
         net = zoo.fresh(self.spec, "vae", config.run.seed)
         self.vae = spread(net, config, device)
         self.optimizer = Optimizer(config.optim.student, config.run.steps, vae=self.vae)
-        self.average = EMA(self.vae, config.ema.decay, average_dtype(config))
+        self.average = average_of(self.vae, config)
 
     def step(self, step: int) -> dict[str, Any]:
         """One update of the autoencoding loss on fresh pictures."""
@@ -181,9 +181,7 @@ class TeacherTrainer:
         self.text_encoder = self._network("text_encoder")
         nets = {"backbone": self.backbone, "text_encoder": self.text_encoder}
         self.optimizer = Optimizer(config.optim.student, config.run.steps, **nets)
-        self.averages = {
-            n: EMA(net, config.ema.decay, average_dtype(config)) for n, net in nets.items()
-        }
+        self.averages = {name: average_of(net, config) for name, net in nets.items()}
 
     def _vae(self, vae: Any) -> Any:
         """The VAE that was given, or the preset's linear patch transform fitted to the world."""
@@ -308,9 +306,10 @@ def mean_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {key: torch.stack([row[key].float() for row in rows]).mean() for key in rows[0]}
 
 
-def average_dtype(config: Config) -> torch.dtype:
-    """How the average is stored (ema.dtype)."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.ema.dtype]
+def average_of(net: nn.Module, config: Config) -> EMA:
+    """The recipe's moving average of a network that `spread` has made."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.ema.dtype]
+    return EMA(net, config.ema.decay, dtype, Noise(config.run.seed), parallel.local_rows)
 
 
 def spread(net: Any, config: Config, device: torch.device, folder: Path | None = None) -> Any:

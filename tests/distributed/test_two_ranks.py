@@ -23,6 +23,7 @@ from snoopi import config as recipes
 from snoopi import lora, parallel, plan, runstate, zoo
 from snoopi.conditioning import Conditioning
 from snoopi.distiller import Distiller
+from snoopi.methods.ema import EMA
 from snoopi.methods.vsd import teacher_scores
 from snoopi.models.clip_vision import CLIPVision, CLIPVisionConfig
 from snoopi.noise import Noise
@@ -403,18 +404,27 @@ def test_a_rank_reads_its_own_rows_alone(ranks: Ranks) -> None:
     ranks(streamed)
 
 
-def distilled(kind: str, folder: Path) -> list[dict[str, float]]:
-    """Figures of two steps of a distillation that streams its teacher."""
+def distilled(kind: str, folder: Path, apart: bool = False) -> list[dict[str, float]]:
+    """Figures of two steps of a distillation that streams its teacher.
+
+    apart: of one step whose adapters are not zero, so that the two teachers differ from the start.
+    """
     words = ["run.batch=4", "run.steps=2", "lora.rank=2", "optim.student.lr=1e-4"]
     config = recipes.load("debug", [*words, 'lora.targets=["to_q", "to_v"]'])
     teacher = load(folder / kind, dtype=torch.float32, defer=("backbone",))
     trainer = Distiller(config, torch.device("cpu"), teacher)
-    return [parallel.mean(trainer.step(step)) for step in range(2)]
+    if apart:
+        for name, p in trainer.pair.named_parameters():
+            if p.requires_grad:
+                here, first = parallel.local_rows(p.detach())
+                start = 0.3 * Noise(3).normal(name, 0, [0], p.shape)[0]
+                here.copy_(start[first : first + len(here)])
+    return [parallel.mean(trainer.step(step)) for step in range(1 if apart else 2)]
 
 
 def distil_on_two(tmp_path: Path) -> None:
     for kind in ("unet", "dit"):
-        rows = distilled(kind, tmp_path)
+        rows = [distilled(kind, tmp_path), distilled(kind, tmp_path, apart=True)]
         if parallel.is_main():
             torch.save(rows, tmp_path / f"{kind}.pt")
 
@@ -422,16 +432,53 @@ def distil_on_two(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["unet", "dit"])
 def test_two_ranks_distil_as_one_does(ranks: Ranks, kind: str) -> None:
     folder = ranks(distil_on_two)
-    for got, expected in zip(
-        torch.load(folder / f"{kind}.pt"), distilled(kind, folder), strict=True
-    ):
+    got, expected = torch.load(folder / f"{kind}.pt")[0], distilled(kind, folder)
+    for mine, theirs in zip(got, expected, strict=True):
         # Adam turns rounding of gradients near zero into steps, which the next norm shows.
-        norms = {name for name in expected if name.startswith("grad_norm")}
-        for names, rel in ((expected.keys() - norms, 1e-6), (norms, 1e-5)):
-            there = pytest.approx([expected[name] for name in names], rel=rel, abs=1e-6)
-            assert [got[name] for name in names] == there
+        norms = {name for name in theirs if name.startswith("grad_norm")}
+        for names, rel in ((theirs.keys() - norms, 1e-6), (norms, 1e-5)):
+            there = pytest.approx([theirs[name] for name in names], rel=rel, abs=1e-6)
+            assert [mine[name] for name in names] == there
     # At the first step the adapters are zero, and so is the gap between the teachers.
-    assert all(expected[name] > 1e-6 for name in ("loss_vsd", "loss_lora", "gap"))
+    assert all(expected[1][name] > 1e-6 for name in ("loss_vsd", "loss_lora", "gap"))
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_two_ranks_see_the_teachers_apart_as_one_does(ranks: Ranks, kind: str) -> None:
+    """The VSD loss is the square of a small difference: it must be far above a tolerance."""
+    folder = ranks(distil_on_two)
+    (got,), (expected,) = torch.load(folder / f"{kind}.pt")[1], distilled(kind, folder, apart=True)
+    for name, value in expected.items():
+        rel = 1e-5 if name.startswith("grad_norm") else 1e-6
+        assert value > 1e-2 and got[name] == pytest.approx(value, rel=rel, abs=0), name
+
+
+def average(kind: str) -> dict[str, Tensor]:
+    """The average in bf16 of weights that move, gathered on rank 0."""
+    net = pair_of(kind)[1]
+    net.requires_grad_(True)
+    parallel.shard(net, net.blocks())
+    ema = EMA(net, 0.999, torch.bfloat16, Noise(4), parallel.local_rows)
+    for step in range(10_000, 10_003):
+        with torch.no_grad():
+            for p in net.parameters():
+                p *= 1.01
+        ema.update(net, step)
+    return parallel.gather_full(ema.average)
+
+
+def average_on_two(tmp_path: Path) -> None:
+    for kind in ("unet", "dit"):
+        found = average(kind)
+        if parallel.is_main():
+            torch.save(found, tmp_path / f"{kind}.pt")
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_two_ranks_round_an_average_as_one_does(ranks: Ranks, kind: str) -> None:
+    got, expected = torch.load(ranks(average_on_two) / f"{kind}.pt"), average(kind)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 def save_teachers(folder: Path) -> None:
@@ -478,5 +525,5 @@ def test_a_frozen_scalar_is_kept_whole(tmp_path: Path) -> None:
 
 WORKS = [
     *(train_in_three_ways, save_on_two, load_on_two, bf16, checkpointed, small_things),
-    *(gathers, streamed, distil_on_two),
+    *(gathers, streamed, distil_on_two, average_on_two),
 ]

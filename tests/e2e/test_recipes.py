@@ -28,7 +28,8 @@ from snoopi.zoo import ModelSpec, ToolSpec
 
 ROOT = Path(snoopi.__file__).parents[1]
 PROMPTS = ("a red fox in the snow", "two boats", "the sea at night", "a cup of tea", "an owl")
-WORDS = sorted({word for prompt in PROMPTS for word in prompt.split()})
+NEGATIVES = ("bad photo", "duplicate", "low resolution")
+WORDS = sorted({word for prompt in (*PROMPTS, *NEGATIVES) for word in prompt.split()})
 TOKENIZER = Tokenizer.words(WORDS, 8)
 # The recipe and its teacher.
 RECIPES = {
@@ -39,8 +40,10 @@ RECIPES = {
     "pgsb_pixart": "pixart-512",
     "pgsb_pixart_t999": "pixart-512",
     "pgsb_sdxl": "sdxl",
+    "nasat_pixart": "pixart-512",
+    "nasat_sd21": "sd21",
 }
-SLOW = ("pgsb_sd15", "swiftbrush_sd21", "pgsb_sdxl")
+SLOW = ("pgsb_sd15", "swiftbrush_sd21", "pgsb_sdxl", "nasat_sd21")
 SMALL = [
     *("run.batch=2", "run.steps=3", "run.log=1", "run.save=3", "lora.rank=2"),
     *("student_lora.rank=2", "clip_loss.tau=1", "data.dropout=0.5"),
@@ -97,9 +100,10 @@ def alive(net: nn.Module, seed: int) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with models/*, as the recipes name them, and prompts.txt."""
+    """A folder with models/*, as the recipes name them, and their texts."""
     root = tmp_path_factory.mktemp("recipes")
     (root / "prompts.txt").write_text("\n".join(PROMPTS))
+    (root / "negatives.txt").write_text("\n".join(NEGATIVES))
     for name in set(RECIPES.values()):
         spec = shrunk(name)
         nets = {part: alive(zoo.fresh(spec, part, 0), 1) for part in spec.parts()}
@@ -223,7 +227,10 @@ def test_numbers_of_table_6() -> None:
         assert (recipe.optim.student.lr, recipe.optim.lora.lr) == (1e-6, 1e-3)
         assert (recipe.lora.rank, recipe.lora.gamma) == (64, 128)
     times = {name: config.load(name).vsd.student_t for name in RECIPES}
-    assert times == {**dict.fromkeys(RECIPES, 999), "pgsb_pixart": 400}
+    assert times == {**dict.fromkeys(RECIPES, 999), "pgsb_pixart": 400, "nasat_pixart": 400}
+    aware = config.load("nasat_pixart"), config.load("nasat_sd21")  # the later version's numbers
+    assert all(r.nasa_train.alpha == (0, 1) and r.data.negatives for r in aware)
+    assert (aware[0].run.steps, aware[0].run.batch) == (50_000, 32)
     brush, second = config.load("swiftbrush_sd21"), config.load("sbv2_sd21")
     assert brush.kappa.teacher == brush.kappa.lora == (4.5, 4.5) and not brush.clip_loss.weight
     assert (second.student_lora.rank, second.student_lora.gamma) == (256, 512)

@@ -19,7 +19,7 @@ from snoopi.methods.denoise import (
     drop_text,
     loss_weight,
 )
-from snoopi.methods.ema import EMA
+from snoopi.methods.ema import EMA, round_at_random
 from snoopi.methods.vsd import (
     TeacherScores,
     draw_kappa,
@@ -210,6 +210,61 @@ def test_ema_ramps_and_averages() -> None:
     torch.testing.assert_close(average.average["weight"], start + 0.9)  # d = 1 / 10
     average.update(net, 10_000)
     torch.testing.assert_close(average.average["weight"], start + 0.9 + 0.1 * 0.1)
+
+
+def test_an_average_in_bf16_follows_the_one_in_fp32() -> None:
+    """At a decay of 0.9999 an update is 1/80 of a step of bf16, which is lost to the nearest."""
+    net = nn.Linear(64, 64, bias=False)
+    with torch.no_grad():
+        net.weight.fill_(1.0)
+    exact, rough = EMA(net, 0.9999), EMA(net, 0.9999, torch.bfloat16, Noise(5))
+    with torch.no_grad():
+        net.weight += 1.0
+    for step in range(100_000, 101_000):
+        exact.update(net, step)
+        rough.update(net, step)
+    (a,), (b,) = exact.average.values(), (x.float() for x in rough.average.values())
+    assert a.mean() > 1.09, "they must have somewhere to go"
+    # The updates are independent, so the mean is of 64^2 elements with a variance of
+    # (1000 updates) (1/80 of a step) (a step)^2 at most.
+    deviation = 2**-7 * (1000 / 80) ** 0.5
+    assert (b - a).square().mean().sqrt() < deviation
+    assert abs((b - a).mean().item()) < 4 * deviation / 64
+    assert b.unique().numel() > 4
+
+
+def test_rounding_at_random_gives_either_neighbour_by_its_distance() -> None:
+    x = torch.tensor([1.0, 1.0 + 2**-9, -1.0 - 3 * 2**-9, 0.0, 1.996, float("inf"), 2.0**-130])
+    every = torch.arange(2**16, dtype=torch.int32)[:, None]
+    got = round_at_random(x.expand(2**16, -1).contiguous(), every.expand(-1, len(x)))
+    assert torch.equal(got, got.bfloat16().float()), "bf16 holds them"
+    assert torch.equal(got.double().mean(0), x.double())
+    low, high = got[0], got[-1]
+    assert (low[[1, 2, 4]] != high[[1, 2, 4]]).all() and torch.equal(low[[0, 3, 5]], x[[0, 3, 5]])
+    assert high[4] == 2.0
+
+
+def test_an_average_in_bf16_rounds_by_place_and_update() -> None:
+    """Rows of a shard as in the whole, in any memory format, and not the same at every update."""
+
+    def averaged(rows: slice, steps: range, channels_last: bool = False) -> torch.Tensor:
+        net = nn.Conv2d(3, 5, 3)
+        weight = NOISE.normal("weight", 0, range(5), (3, 3, 3))
+        net.weight = nn.Parameter(weight[rows].clone())
+        if channels_last:
+            net = net.to(memory_format=torch.channels_last)
+        first = rows.start or 0
+        average = EMA(net, 0.99, torch.bfloat16, NOISE, lambda x: (x, first))
+        for step in steps:
+            with torch.no_grad():
+                net.weight *= 1.01
+            average.update(net, step)
+        return average.average["weight"]
+
+    whole = averaged(slice(None), range(100, 110))
+    assert torch.equal(averaged(slice(2, 4), range(100, 110)), whole[2:4])
+    assert torch.equal(averaged(slice(None), range(100, 110), channels_last=True), whole)
+    assert not torch.equal(averaged(slice(None), range(200, 210)), whole)
 
 
 def test_autoencoding_loss_parts() -> None:
