@@ -8,12 +8,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import common, nasa_kernel, nasa_price
+from benchmarks import attention, common, nasa_kernel, nasa_price, train_step
 from snoopi import errors
 from snoopi.pictures import write_atomically
 
 NAME = "benchmarks.tables"
-TABLES = {"nasa_kernel": nasa_kernel.TABLE, "nasa_price": nasa_price.TABLE}
+TABLES = {
+    "attention": attention.TABLE,
+    "nasa_kernel": nasa_kernel.TABLE,
+    "nasa_price": nasa_price.TABLE,
+    "train_step": train_step.TABLE,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

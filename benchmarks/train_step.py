@@ -99,16 +99,9 @@ def teacher(case: Case) -> Pipeline:
     return Pipeline(spec, net, None, [text], [Tokenizer.clip(spec.text[0].pad_id)])
 
 
-def distiller(case: Case, **changes: Any) -> Distiller:
-    """snoopi's side. Adapters start far from zero: the teachers differ by more than bf16 rounds.
-
-    changes: of the recipe's section parallel.
-    """
-    config = recipe(case)
-    section = dataclasses.replace(config.parallel, **changes)
-    made = Distiller(
-        dataclasses.replace(config, parallel=section), torch.device("cpu"), teacher(case)
-    )
+def distiller(case: Case) -> Distiller:
+    """snoopi's side. Adapters start far from zero: the teachers differ by more than bf16 rounds."""
+    made = Distiller(recipe(case), torch.device("cpu"), teacher(case))
     for name, p in made.pair.named_parameters():
         if name.endswith("lora_b"):
             p.data.copy_(0.3 * Noise(0).sample(name, 0, 0, p.shape))
@@ -276,9 +269,9 @@ class Without:
     """snoopi's side without some of what it does, so that the rest can be told apart."""
 
     def __init__(
-        self, case: Case, *, layout: bool, update: bool, fused: bool, attention: bool, remake: bool
+        self, case: Case, *, layout: bool, update: bool, attention: bool, remake: bool
     ) -> None:
-        self.made = distiller(case, teacher_pass="fused" if fused else "sequential")
+        self.made = distiller(case)
         self.attention, self.remake = attention, remake
         made, optim = self.made, self.made.config.optim
         if not layout:
@@ -306,7 +299,6 @@ class Without:
 CHANGES = {
     "layout": "weights and activations in channels-last",
     "update": "fused AdamW, clipping in one pass",
-    "fused": "both teachers in one call of four batches",
     "attention": "attention in the native op",
     "remake": "norms and activations made again, not kept",
 }

@@ -266,8 +266,10 @@ class Parallel:
     compile: bool = _key(
         False, "torch.compile each block (minutes at the start; equal to rounding)"
     )
-    teacher_pass: Literal["fused", "sequential"] = _key(
-        "fused", "both teachers in one call of four batches, or in four calls (less memory)"
+    teacher_pass: Literal["auto", "fused", "sequential"] = _key(
+        "auto",
+        "both teachers in one call of four batches, or in four calls (less memory); auto: one "
+        "where weights are sharded or the batch is small",
     )
 
 

@@ -22,7 +22,7 @@ from snoopi.guidance import NASA
 from snoopi.health import PROBES, Health
 from snoopi.methods.clip_loss import ClipLoss, Decoder, clip_loss, text_embeddings
 from snoopi.methods.denoise import denoising_loss, drop_text
-from snoopi.methods.vsd import draw_kappa, surrogate, teacher_scores, vsd_gradient
+from snoopi.methods.vsd import choose_passes, draw_kappa, surrogate, teacher_scores, vsd_gradient
 from snoopi.noise import Noise
 from snoopi.pipeline import Pipeline, null_text
 from snoopi.runstate import trainable
@@ -265,7 +265,9 @@ class Distiller:
         kappa, kappa_lora = self._kappa(step, part.indices)
         with parallel.autocast(self.device, self.config.run.dtype):
             away = part.negative if self.aware else None  # the frozen teacher's null text (Eq. 5)
-            passes = self.config.parallel.teacher_pass
+            own = self.config.parallel
+            pixels = x_t.numel() // x_t.shape[1]
+            passes = choose_passes(own.teacher_pass, parallel.is_sharded(own.shard), pixels)
             texts = (part.cond, self.null)
             scores = teacher_scores(
                 self.pair, x_t, t, *texts, kappa, kappa_lora, passes, negative=away

@@ -411,6 +411,8 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
         torch._dynamo.exc.Unsupported: a block that does not make one graph.
         torch._dynamo.exc.FailOnRecompileLimitHit: a block is called in more than COMPILED ways.
     """
+    import torch._dynamo  # seconds, which who does not compile need not wait for
+
     # Without it a block that has had too many graphs would run without any, in silence.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for block in blocks:

@@ -30,7 +30,10 @@ from snoopi.config import Config
 from snoopi.folders import SPEC_FILE, read_tools
 from snoopi.guidance import NASA
 from snoopi.methods.clip_loss import clip_loss, text_embeddings
-from snoopi.methods.vsd import surrogate, teacher_scores
+from snoopi.methods.vsd import choose_passes, surrogate, teacher_scores
+from snoopi.ops.library import attention_op
+from snoopi.ops.nasa import pays
+from snoopi.ops.packs import TextPack
 from snoopi.zoo import ModelSpec, ToolSpec
 
 GIB = 2**30
@@ -190,6 +193,10 @@ def _as_on_cpu() -> Iterator[None]:
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         q, k, v = (_casts(x) for x in (q, k, v))
+        text = TextPack(k.transpose(1, 2), v.transpose(1, 2), options.get("attn_mask"))
+        if pays(q.transpose(1, 2), text):  # here the op is on the CPU alone
+            scale = q.shape[-1] ** -0.5 if options.get("scale") is None else options["scale"]
+            return attention_op(q.transpose(1, 2), text.k, text.v, scale).transpose(1, 2)
         if torch.is_grad_enabled() and q.dtype == torch.bfloat16:  # see ops/eager.py
             q, k, v = q.float(), k.float(), v.float()
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, **options)[0]
@@ -263,7 +270,8 @@ def step(case: Case, student: Any, pair: Any, judge: Judge | None, live: Live) -
     with _cast(dtype):
         x0 = student(z, t, guided).float()
     with _cast(dtype):
-        passes = config.parallel.teacher_pass
+        asked, pixels = config.parallel.teacher_pass, batch * spec.latent_size**2
+        passes = choose_passes(asked, case.gathered, pixels)
         teacher_scores(pair, x0.detach(), t, cond, null, kappa, kappa, passes, negative=negative)
     loss, first, clip = surrogate(x0, torch.zeros_like(x0)).mean(), live.peak - start, 0
     if judge is not None:

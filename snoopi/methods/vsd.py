@@ -20,6 +20,7 @@ from snoopi.schedule import Schedule, upcast
 
 Range = tuple[float, float]
 Passes = Literal["fused", "sequential"]
+SMALL = 4096  # latent pixels of a batch below which a call costs more than its products
 
 
 class TeacherScores(NamedTuple):
@@ -49,6 +50,20 @@ def draw_kappa(
     low, high = teacher
     low_lora, high_lora = lora_teacher
     return low + (high - low) * u_teacher, low_lora + (high_lora - low_lora) * u_lora
+
+
+def choose_passes(
+    asked: Literal["auto", "fused", "sequential"], sharded: bool, pixels: int
+) -> Passes:
+    """What parallel.teacher_pass means for a batch of so many latent pixels (b h w).
+
+    "auto": one call where the weights would be gathered four times, or where the batch is so small
+    that calls are what costs; else four, which need less memory and, in the caches of a CPU, a
+    little less time (benchmarks.train_step).
+    """
+    if asked != "auto":
+        return asked
+    return "fused" if sharded or pixels < SMALL else "sequential"
 
 
 @torch.no_grad()

@@ -138,7 +138,7 @@ def _attention_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, 
     """
     *saved, lse = ctx.saved_tensors
     wide = [x.to(lse.dtype).transpose(1, 2) for x in (grad, *saved)]  # [b h m d]
-    if grad.device.type == "cpu":
+    if grad.device.type in ("cpu", "meta"):
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
         found = op(*wide, lse.transpose(1, 2), 0.0, False, scale=ctx.softmax_scale)
     else:

@@ -70,15 +70,17 @@ def _attend(
 
 
 def _native_pays(q: Tensor, text: TextPack) -> bool:
-    """Whether the native op is faster at plain attention, by benchmarks.attention.
+    # A graph that was exported runs without this package.
+    return native.why_not(q) is None and pays(q, text) and not torch.compiler.is_exporting()
+
+
+def pays(q: Tensor, text: TextPack) -> bool:
+    """Whether the native op is faster at plain attention on this processor (benchmarks.attention).
 
     PyTorch's is slow in bf16 on a CPU without AMX; in fp32 the op wins little on a picture's
     attention to itself, and loses on wide heads, which do not fit its blocks, and on tiny calls.
     """
-    if native.why_not(q) is not None or not native.NATIVE.attends:
-        return False
-    # A graph that was exported runs without this package.
-    if text.mask is not None or len(text.k) != len(q) or torch.compiler.is_exporting():
+    if not native.NATIVE.attends or text.mask is not None or len(text.k) != len(q):
         return False
     if q.dtype == torch.float32:
         return q.shape[-1] <= 160 and q.shape[:3].numel() * text.k.shape[1] >= 2**14

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import calls, common, nasa_kernel, nasa_price, plots, tables
+from benchmarks import attention, calls, common, nasa_kernel, nasa_price, plots, tables, train_step
 from benchmarks.calls import METHODS, Shape
 from snoopi import ops
 from snoopi.layers.attention import CrossAttention
@@ -605,3 +605,70 @@ def test_the_machine_names_neither_paths_nor_hosts(monkeypatch: pytest.MonkeyPat
     text = json.dumps(described)
     assert os.uname().nodename not in text and "/home" not in text
     assert "ONEDNN_MAX_CPU_ISA=AVX2" in common.machine_lines(described)
+
+
+# --- attention, train_step ------------------------------------------------------------------------
+
+
+def test_attention_states_what_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not attention.NATIVE.loaded:
+        pytest.skip("no native op")
+    shapes = {"tiny": attention.Shape(6, 3, 2, 4), "wide": attention.Shape(70, 70, 2, 161)}
+    monkeypatch.setattr(attention, "SHAPES", shapes)
+    monkeypatch.setattr(attention, "GEMM", (8, 4, 6))
+    file = tmp_path / "a.json"
+    assert attention.main(["--rounds", "2", "--threads", "1", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [(r["shape"], r["dtype"]) for r in rows] == [
+        (shape, dtype) for dtype in ("fp32", "bf16") for shape in shapes
+    ]
+    takes = "op" if attention.NATIVE.attends else "sdpa"
+    assert [r["taken"] for r in rows] == ["sdpa", "sdpa", takes, takes]
+    assert tables.main([str(file)]) == 0 and "| wide | fp32 |" in capsys.readouterr().out
+    monkeypatch.setattr(
+        attention.library, "attention_op", lambda q, k, v, scale: v[:, : q.shape[1]]
+    )
+    assert attention.main(["--rounds", "2", "--threads", "1"]) == 1
+    assert "nothing was timed" in one_line(capsys)
+
+
+@pytest.mark.parametrize("words", [["--pairs", "0"], ["--batch", "0"], ["--latent", "12"]])
+def test_mistakes_of_train_step(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_step.main(words) == 2
+    assert words[0] in one_line(capsys)
+
+
+@pytest.mark.parity
+def test_train_step_is_the_same_in_every_variant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a tiny size; memory is that of the same process here."""
+    try:
+        train_step.packages()
+    except ValueError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(train_step, "peak", lambda name, case, threads: 2**20)
+    words = ["--batch", "1", "--latent", "8", "--threads", "1", "--pairs", "1", "--dtype", "fp32"]
+    file = tmp_path / "t.json"
+    assert train_step.main([*words, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [r["variant"] for r in rows] == [
+        "plain",
+        "networks",
+        "layout",
+        "update",
+        "attention",
+        "remake",
+    ]
+    assert tables.main([str(file)]) == 0
+    step = train_step.Plain.step
+
+    def wrong(self: train_step.Plain, number: int) -> dict[str, Any]:
+        return {**step(self, number), "loss_lora": 2.0}
+
+    monkeypatch.setattr(train_step.Plain, "step", wrong)
+    capsys.readouterr()
+    assert train_step.main(words) == 1
+    assert "loss_lora of step 1" in one_line(capsys)

@@ -12,6 +12,7 @@ from snoopi import lora, zoo
 from snoopi.conditioning import Conditioning, concat
 from snoopi.config import Optim
 from snoopi.guidance import cfg
+from snoopi.methods import vsd
 from snoopi.methods.autoencode import autoencoding_loss
 from snoopi.methods.denoise import (
     denoising_loss,
@@ -74,6 +75,14 @@ def test_teacher_scores_equal_four_plain_calls() -> None:
     for got, plain in ((scores.teacher, expected), (scores.lora_teacher, adapted)):
         assert (got - plain).abs().max() < 1e-5 * plain.abs().max()
     assert (expected - adapted).abs().max() > 0.01
+
+
+def test_teacher_passes_are_one_call_where_weights_are_gathered_or_calls_cost() -> None:
+    for asked in ("fused", "sequential"):
+        assert vsd.choose_passes(asked, False, 1) == vsd.choose_passes(asked, True, 10**6) == asked
+    assert vsd.choose_passes("auto", True, 10**6) == "fused"
+    assert vsd.choose_passes("auto", False, vsd.SMALL - 1) == "fused"
+    assert vsd.choose_passes("auto", False, vsd.SMALL) == "sequential"
 
 
 def test_sequential_teacher_passes_equal_the_fused_one() -> None:
