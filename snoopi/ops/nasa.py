@@ -78,14 +78,14 @@ def pays(q: Tensor, text: TextPack) -> bool:
     """Whether the native op is faster at plain attention on this processor (benchmarks.attention).
 
     PyTorch's is slow in bf16 on a CPU without AMX. In fp32 the op loses on wide heads, which do not
-    fit its blocks, and on tiny calls; over thousands of keys it wins a tenth, but rounds three times
-    as much, since it sums them in one run and not by blocks.
+    fit its blocks, and on tiny calls; over thousands of keys it wins a tenth, but rounds
+    three times as much, for it sums them in one run and not by blocks.
     """
     if not native.NATIVE.attends or text.mask is not None or len(text.k) != len(q):
         return False
     if q.dtype == torch.float32:
         n = text.k.shape[1]
-        return q.shape[-1] <= 160 and n <= 512 and q.shape[:3].numel() * n >= 2**14
+        return q.shape[-1] <= 160 and n <= 1024 and q.shape[:3].numel() * n >= 2**14
     return q.dtype == torch.bfloat16
 
 

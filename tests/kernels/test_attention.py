@@ -109,8 +109,8 @@ CALLS = {
     "fp64": ({"dtype": torch.float64}, False),
     "a tiny fp32 one": ({"m": 16, "n": 16}, False),
     "wide heads in fp32": ({"d": 161}, False),
-    "many keys in fp32": ({"n": 513}, False),
-    "many keys in bf16": ({"dtype": torch.bfloat16, "n": 513}, True),
+    "many keys in fp32": ({"n": 1025}, False),
+    "many keys in bf16": ({"dtype": torch.bfloat16, "n": 1025}, True),
     "a mask": ({"mask": True}, False),
     "a text for all": ({"shared": True}, False),
 }
