@@ -70,8 +70,8 @@ def _attend(
 
 
 def _native_pays(q: Tensor, text: TextPack) -> bool:
-    # A graph that was exported runs without this package.
-    return native.why_not(q) is None and pays(q, text) and not torch.compiler.is_exporting()
+    # A graph that was exported runs without this package, and its sizes may stay open.
+    return not torch.compiler.is_exporting() and native.why_not(q) is None and pays(q, text)
 
 
 def pays(q: Tensor, text: TextPack) -> bool:

@@ -8,6 +8,7 @@ from cases import CASES, DTYPES, MEAN_ERRORS, Case, Inputs, check, error, make
 from torch import Tensor
 
 from snoopi import ops
+from snoopi.ops import native
 from snoopi.ops.native import NATIVE
 
 BACKENDS = ["auto", "reference", *(["fused"] if NATIVE.loaded else [])]
@@ -224,7 +225,9 @@ def test_autocast_casts_to_its_dtype() -> None:
             assert run(inputs.to(torch.float64), backend).dtype == torch.float64
 
 
-def test_bf16_under_grad_runs_in_fp32_even_under_autocast() -> None:
+def test_bf16_under_grad_runs_in_fp32_even_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where PyTorch's attention is taken."""
+    monkeypatch.setattr(native, "NATIVE", native.NATIVE._replace(attends=False))
     inputs = make(Case(m=33, n=12, d=16))
     q = inputs.q.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -86,13 +86,15 @@ def test_teacher_passes_are_one_call_where_weights_are_gathered_or_calls_cost() 
 
 
 def test_sequential_teacher_passes_equal_the_fused_one() -> None:
-    net, (cond, null), x_t = pair(), texts(), latents("x")
+    """In fp64: in fp32 products of 12 rows and of 3 round differently, by 1e-6 after guidance."""
+    net, x_t = pair().double(), latents("x").double()
+    cond, null = (text.map(lambda x: x.double()) for text in texts())
     for kappa in (0.0, 1.0):  # the null prediction alone, and the guided one
         k = torch.full((B,), kappa)
         fused = teacher_scores(net, x_t, T, cond, null, k, k)
         sequential = teacher_scores(net, x_t, T, cond, null, k, k, "sequential")
         for got, expected in zip(sequential, fused, strict=True):
-            assert (got - expected).abs().max() < 1e-6 * expected.abs().max()
+            assert (got - expected).abs().max() < 1e-12 * expected.abs().max()
     assert (fused.teacher - fused.lora_teacher).abs().max() > 0.01
     assert all(layer.first_row == 0 for layer in lora.adapters(net).values())
 

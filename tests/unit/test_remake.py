@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from snoopi.layers import blocks, remake
@@ -85,3 +86,20 @@ def test_nothing_is_wrapped_where_no_gradient_runs(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(remake, "checkpoint", None)  # calling it would fail
     with torch.no_grad():
         assert torch.equal(remake.remake(F.silu, torch.ones(2)), F.silu(torch.ones(2)))
+
+
+def test_weights_put_back_before_the_backward_pass_are_an_error() -> None:
+    net, inputs = resnet()
+    other = {name: (2 * p).detach().requires_grad_() for name, p in net.named_parameters()}
+    loss = functional_call(net, other, inputs).square().sum()
+    with pytest.raises(RuntimeError, match="weights of a ResnetBlock were replaced"):
+        loss.backward()
+    for p in other.values():
+        p.grad = None
+    with remake.keep_activations():
+        loss = functional_call(net, other, inputs).square().sum()
+    loss.backward()
+    net.load_state_dict(other)
+    net(*inputs).square().sum().backward()
+    for name, p in net.named_parameters():
+        assert torch.equal(p.grad, other[name].grad), name
