@@ -3,7 +3,7 @@
 python -m benchmarks.attention [--dtype fp32|bf16|both] [--threads 1,2] [--rounds N] [--json FILE]
 
 Of a picture to itself and to a text of 77 or 120 tokens, batch 1, without a gradient; texts are
-packed in the call. It says where `ops.attention` should take the op (`ops/nasa.py`, _native_pays).
+packed in the call. It says where `ops.attention` should take the op (snoopi.ops.nasa.pays).
 """
 
 from __future__ import annotations
@@ -77,8 +77,10 @@ def measure(name: str, dtype: str, threads: int, rounds: int) -> dict[str, Any]:
         )
         common.check_eager(f"{name} {dtype}", dtype, theirs)
         taken = nasa.pays(q, TextPack(k, v))
-        # What is not taken may be less exact: it is shown, and one of the reasons.
-        (common.check_error if taken else _check_finite)(f"{name} {dtype}", dtype, ours, theirs)
+        if taken:
+            common.check_error(f"{name} {dtype}", dtype, ours, theirs)
+        else:  # it may be less exact, which is shown and one of the reasons
+            common.check_eager(f"{name} {dtype}", dtype, ours)
         left, right = (
             noise.sample(x, 0, 0, size).to(q.dtype)
             for x, size in (("left", GEMM[:2]), ("right", (GEMM[2], GEMM[1])))
@@ -104,10 +106,6 @@ def measure(name: str, dtype: str, threads: int, rounds: int) -> dict[str, Any]:
         "taken": "op" if taken else "sdpa",
         "cores": {key: taken.cores for key, taken in times.items()},
     }
-
-
-def _check_finite(what: str, dtype: str, ours: float, theirs: float) -> None:
-    common.check_eager(what, dtype, ours)
 
 
 TABLE = Table(
@@ -170,35 +168,19 @@ def _run(options: argparse.Namespace) -> None:
     if not NATIVE.loaded:
         raise ValueError(f"there is nothing to compare: {NATIVE.why}")
     common.check_file("--json", options.json)
-    described = common.machine(threads)
-    print("\n".join(common.machine_lines(described)), end="\n\n")
-    print(common.explain(TABLE.columns), end="\n\n")
-    print(common.text_head(TABLE.columns))
+    described = common.begin(threads, TABLE, f"{options.rounds} interleaved rounds")
+    print("\n" + common.text_head(TABLE.columns), flush=True)
     rows = []
     for dtype in common.dtypes(options.dtype):
         for count in threads:
             for name in SHAPES:
                 rows.append(measure(name, dtype, count, options.rounds))
                 print(common.text_row(TABLE.columns, rows[-1]), flush=True)
-    means = summary(rows)
-    print()
-    if means:
-        print(common.text_head(TABLE.summary))
-        print(*(common.text_row(TABLE.summary, row) for row in means), sep="\n")
-    notes = ["The summary is of the rows where ops.attention takes the op.", *common.busy(rows)]
-    print(*notes, sep="\n")
-    if options.json is not None:
-        counts = ",".join(map(str, threads))
-        words = f"--dtype {options.dtype} --threads {counts} --rounds {options.rounds}"
-        result = {
-            "benchmark": "attention",
-            "command": f"python -m {NAME} {words}",
-            "machine": described,
-            "rows": rows,
-            "summary": means,
-            "notes": notes,
-        }
-        common.write_json(options.json, result)
+    notes = ["the means are of the rows where ops.attention takes the op", *common.busy(rows)]
+    counts = ",".join(map(str, threads))
+    words = f"--dtype {options.dtype} --threads {counts} --rounds {options.rounds}"
+    command = f"python -m {NAME} {words}"
+    common.finish(options.json, TABLE, command, described, rows, summary(rows), notes)
 
 
 def _parser() -> argparse.ArgumentParser:

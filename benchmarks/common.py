@@ -377,6 +377,38 @@ def _markdown_table(columns: Sequence[Column], rows: Iterable[Row]) -> list[str]
     return [line(column.title for column in columns), line(rule), *body]
 
 
+def begin(threads: Sequence[int], table: Table, times: str) -> dict[str, Any]:
+    """Say where and what is measured (times: what a time is); returns `machine`."""
+    described = machine(threads)
+    print("\n".join(machine_lines(described)))
+    print(f"\nColumns (times: median of {times})")
+    print(explain(table.columns), flush=True)
+    return described
+
+
+def finish(
+    path: Path | None,
+    table: Table,
+    command: str,
+    described: Mapping[str, Any],
+    rows: Sequence[Row],
+    summary: Sequence[Row],
+    notes: Sequence[str],
+) -> None:
+    """Show what stands below the rows, and write --json if a path is given.
+
+    command: "python -m benchmarks.NAME ...", without the file it writes.
+    """
+    if summary:
+        print("\n" + text_head(table.summary))
+        print("\n".join(text_row(table.summary, line) for line in summary))
+    print("".join(f"\n{note}" for note in notes), flush=True)
+    if path is not None:
+        benchmark = command.split()[2].rpartition(".")[2]
+        head = {"benchmark": benchmark, "command": command, "machine": described}
+        write_json(path, {**head, "rows": rows, "summary": summary, "notes": notes})
+
+
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result whole or not at all, and say so."""
     write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())

@@ -82,10 +82,7 @@ def _run(options: argparse.Namespace) -> None:
         plots.check_installed("--plots")
     common.check_file("--json", options.json)
     common.check_folder("--plots", options.plots)
-    machine = common.machine(threads)
-    print("\n".join(common.machine_lines(machine)))
-    print(f"\nColumns (times: median of {options.repeats} interleaved rounds)")
-    print(common.explain(TABLE.columns), flush=True)
+    machine = common.begin(threads, TABLE, f"{options.repeats} interleaved rounds")
     with torch.inference_mode():
         _check_all(cases)
         print("\n" + common.text_head(TABLE.columns), flush=True)
@@ -93,14 +90,8 @@ def _run(options: argparse.Namespace) -> None:
         for case in cases:
             rows.append(measure(case, options.repeats, compile=options.compile))
             print(common.text_row(TABLE.columns, rows[-1]), flush=True)
-    summary, notes = summarise(rows), _notes(rows)
-    print("\n" + common.text_head(TABLE.summary))
-    print("\n".join(common.text_row(TABLE.summary, line) for line in summary))
-    print("".join(f"\n{note}" for note in notes), flush=True)
-    if options.json is not None:
-        head = {"benchmark": "nasa_kernel", "command": _command(options, names, threads)}
-        result = {**head, "machine": machine, "rows": rows, "summary": summary, "notes": notes}
-        common.write_json(options.json, result)
+    command = _command(options, names, threads)
+    common.finish(options.json, TABLE, command, machine, rows, summarise(rows), _notes(rows))
     if options.plots is not None:
         _plot(options.plots, rows, machine)
 

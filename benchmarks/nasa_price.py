@@ -46,10 +46,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.pairs < 1:
         raise ValueError(f"--pairs must be at least 1, got {options.pairs}")
     common.check_file("--json", options.json)
-    machine = common.machine(threads)
-    print("\n".join(common.machine_lines(machine)))
-    print(f"\nColumns (times: median of {options.pairs} interleaved pairs)")
-    print(common.explain(TABLE.columns), flush=True)
+    machine = common.begin(threads, TABLE, f"{options.pairs} interleaved pairs")
     rows: list[dict[str, Any]] = []
 
     def add(made: list[dict[str, Any]]) -> None:
@@ -66,12 +63,8 @@ def _run(options: argparse.Namespace) -> None:
                 net = random_network(dtype)
                 for count in threads:
                     add([measure_step(net, dtype, count, options.pairs)])
-    notes = common.busy(rows)
-    print("".join(f"\n{note}" for note in notes), flush=True)
-    if options.json is not None:
-        head = {"benchmark": "nasa_price", "command": _command(options, threads)}
-        result = {**head, "machine": machine, "rows": rows, "summary": [], "notes": notes}
-        common.write_json(options.json, result)
+    command = _command(options, threads)
+    common.finish(options.json, TABLE, command, machine, rows, [], common.busy(rows))
 
 
 # --- the cross-attentions alone -------------------------------------------------------------------

@@ -158,7 +158,7 @@ class Plain:
         base = diffusers.UNet2DConditionModel(**_diffusers_config()).requires_grad_(False)
         base.load_state_dict({k: v.float() for k, v in _plain_state(source.pair).items()})
         if case.dtype == "bf16":
-            parallel.store_bf16(base)  # "the same dtypes"
+            parallel.store_bf16(base)  # as snoopi stores its pair
         targets = list(self.config.lora.targets)
         chosen = peft.LoraConfig(r=RANK, lora_alpha=GAMMA, target_modules=targets)
         self.pair = peft.get_peft_model(base, chosen, autocast_adapter_dtype=False)
@@ -464,28 +464,16 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError(f"--latent must be a multiple of 8, got {options.latent}")
     common.check_file("--json", options.json)
     packages()
-    described = common.machine(threads)
-    print("\n".join(common.machine_lines(described)), end="\n\n")
-    print(common.explain(TABLE.columns), end="\n\n")
-    print(common.text_head(TABLE.columns))
+    described = common.begin(threads, TABLE, f"{options.pairs} interleaved rounds")
+    print("\n" + common.text_head(TABLE.columns), flush=True)
     rows = []
     for dtype in common.dtypes(options.dtype):
         for count in threads:
             for row in measure(Case(dtype, options.batch, options.latent), count, options.pairs):
                 print(common.text_row(TABLE.columns, row), flush=True)
                 rows.append(row)
-    notes = common.busy(rows)
-    print(*("", *notes), sep="\n", end="")
-    if options.json is not None:
-        result = {
-            "benchmark": "train_step",
-            "command": _command(options, threads),
-            "machine": described,
-            "rows": rows,
-            "summary": [],
-            "notes": notes,
-        }
-        common.write_json(options.json, result)
+    command = _command(options, threads)
+    common.finish(options.json, TABLE, command, described, rows, [], common.busy(rows))
 
 
 def _command(options: argparse.Namespace, threads: Sequence[int]) -> str:
