@@ -30,10 +30,21 @@ ROUNDING = 1e-10
 
 def in_fp64() -> None:
     """From here on this process computes in fp64 wherever the package says fp32."""
+    # torch's fused update reads its counters and its flag in fp32 only: they hold small integers.
+    torch._fused_adamw_ = counting_in(torch.float32, torch._fused_adamw_)
     torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double
     torch.set_default_dtype(torch.float64)
     for name in ("normal", "uniform"):  # made by numpy
         setattr(Noise, name, doubled(getattr(Noise, name)))
+
+
+def counting_in(dtype: torch.dtype, update: Callable[..., None]) -> Callable[..., None]:
+    def run(*lists: list[Tensor], found_inf: Tensor, **options: Any) -> None:
+        *states, steps = lists
+        steps = [step.to(dtype) for step in steps]
+        update(*states, steps, found_inf=found_inf.to(dtype), **options)
+
+    return run
 
 
 def doubled(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
