@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "attention.h"
+#include "kernels.h"
 
 namespace snoopi {
 

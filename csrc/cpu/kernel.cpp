@@ -8,7 +8,8 @@
 // first cache; the combination of the texts goes to the tile's z, all heads wide, and the
 // projection follows while z is in the second. Text and weights come packed (see gemm.h), masked
 // keys left out, so the loops know no mask.
-#include "attention.h"
+#include "convolve.h"
+#include "kernels.h"
 #include "softmax.h"
 
 namespace snoopi {
@@ -410,8 +411,10 @@ constexpr int64_t kMostRows = kBlockRows == 32 ? 256 : 128;
 
 template <typename F>
 constexpr Kernel kernel() {
-  return {text_bytes<F>, pack_text<F>,     linear_bytes<F>, pack_linear<F>, kPanelColumns<F>,
-          kMostRows,     scratch_bytes<F>, run<F>,          kWorks};
+  return {text_bytes<F>,   pack_text<F>,     linear_bytes<F>, pack_linear<F>, kPanelColumns<F>,
+          kMostRows,       scratch_bytes<F>, run<F>,          kBlockRows,     conv_kind<F>,
+          conv_columns<F>, conv_tiles<F>,    conv_bytes<F>,   run_conv<F>,    add_moments<F>,
+          kWorks};
 }
 
 }  // namespace

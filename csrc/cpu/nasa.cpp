@@ -1,6 +1,5 @@
 // The CPU implementations of snoopi's ops: checks, packs what is not packed, fills an `Attention`,
-// hands its tasks to the threads. Single ATen headers only: torch/extension.h takes seven times as
-// long to compile.
+// hands its tasks to the threads.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -18,44 +17,14 @@
 #include <tuple>
 #include <utility>
 
-#include "attention.h"
-#include "capability.h"
+#include "glue.h"
 
 namespace snoopi {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 // The Python side reads this from the file before it loads it: a library for another torch may
 // load and then crash.
 __attribute__((used)) const char kBuiltFor[] = "SNOOPI_BUILT_FOR_TORCH=" TORCH_VERSION;
-
-// A type with no kernel of its own is computed in fp32.
-at::ScalarType computing_type(at::ScalarType type) {
-  return type == at::kDouble || type == at::kBFloat16 ? type : at::kFloat;
-}
-
-at::ScalarType accumulator(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-// The tensor in `type` with unit stride in its last dim.
-Tensor readable(const Tensor& x, at::ScalarType type) {
-  const Tensor y = x.to(type);
-  return y.stride(-1) == 1 || y.size(-1) == 1 ? y : y.contiguous();
-}
-
-Tensor bytes(at::IntArrayRef sizes) { return at::empty(sizes, at::TensorOptions(at::kByte)); }
-
-// Calls run(begin, end) on the threads, for ranges that make up [0, count). A range has at least a
-// million multiply-adds, or bytes, of `work` each: below, a thread costs more than it brings.
-template <typename Run>
-void parallel(int64_t count, int64_t work, const Run& run) {
-  constexpr int64_t kWorkOfARange = 1000000;
-  const int64_t grain = std::max<int64_t>(kWorkOfARange / std::max<int64_t>(work, 1), 1);
-  at::parallel_for(0, count, grain, run);
-}
 
 // One text as the kernel reads it: data [b|1 h bytes] and the number of live keys [b|1].
 struct Packed {
@@ -233,10 +202,7 @@ struct Call {
     for (int t = 0; t < attention.num_texts; ++t) width += attention.texts[t].n * 2;
     const int64_t work = attention.rows * width * attention.h * attention.d;
     parallel(attention.b * pieces, work, [&](int64_t begin, int64_t end) {
-      const size_t size = static_cast<size_t>((kernel.scratch_bytes(attention) + 63) / 64 * 64);
-      const std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, size),
-                                                                &std::free);
-      TORCH_CHECK(scratch != nullptr, "snoopi: no memory for ", size, " bytes of scratch");
+      const auto scratch = scratch_of(kernel.scratch_bytes(attention));
       for (int64_t i = begin; i < end; ++i) {
         const int64_t m = i % pieces * attention.rows;
         const Task task = {i / pieces, m, std::min(m + attention.rows, attention.m)};
@@ -387,7 +353,7 @@ TORCH_LIBRARY_IMPL(snoopi, CPU, m) {
 TORCH_LIBRARY_FRAGMENT(snoopi, m) {
   m.def("cpu_capability() -> str", [] { return snoopi::capability(); });
   // What the library can do, by the newest of its ops: an older one has none, or another number.
-  m.def("cpu_version() -> int", []() -> int64_t { return 2; });
+  m.def("cpu_version() -> int", []() -> int64_t { return 3; });
   // Bytes of a packed text's head, and of a packed weight (0: not to be packed).
   m.def("text_bytes(int n, int d, ScalarType dtype) -> int",
         [](int64_t n, int64_t d, at::ScalarType dtype) {

@@ -20,6 +20,9 @@ TWIN = "snoopi::twin_attention"
 GUIDED = "snoopi::guided_attention"
 PACK_TEXT = "snoopi::pack_text"
 PACK_LINEAR = "snoopi::pack_linear"
+CONV = "snoopi::conv"
+PACK_CONV = "snoopi::pack_conv"
+GROUP_NORM_FOLD = "snoopi::group_norm_fold"
 _NUM_NASA_TENSORS = 13
 _NUM_TWIN_TENSORS = 7
 
@@ -56,6 +59,20 @@ torch.library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(PACK_LINEAR, "(Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.define(
+    CONV,
+    "(Tensor x, Tensor weight, str kind, int c_out, Tensor? scale, Tensor? shift, bool silu, "
+    "Tensor? added, Tensor? residual) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    PACK_CONV, "(Tensor weight, str kind) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+torch.library.define(
+    GROUP_NORM_FOLD,
+    "(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 def attention_op(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
