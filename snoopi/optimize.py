@@ -1,15 +1,20 @@
-"""Packs a module's weights for inference, from outside; the module itself stays as it is.
+"""Lays a module's weights out for inference, from outside; the module itself stays as it is.
 
-optimize(net) gives every cross-attention its output projection in the layout that the fused op
-multiplies (snoopi.ops.pack_linear); restore(net) takes them away again. The plain weights stay and
-serve every other path, so results agree to rounding.
+optimize(net) gives every 3x3 convolution its filters in the layout of the native op
+(snoopi.ops.pack_conv), which takes the norm, SiLU, doubling and sums around it along, and every
+cross-attention its output projection (snoopi.ops.pack_linear); other convolutions become
+channels-last. restore(net) takes it back. The plain weights stay and serve every other path, so
+results agree to rounding.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from snoopi.layers.attention import CrossAttention
+from snoopi.layers.blocks import Upsample
+from snoopi.layers.packed import PackedConv2d
 
 
 def optimize(module: nn.Module) -> nn.Module:
@@ -17,31 +22,50 @@ def optimize(module: nn.Module) -> nn.Module:
 
     A pack is a snapshot. Where its Parameter was replaced or changed in place since, it is not
     used; changes through `.data`, and of tensors made under inference_mode, it cannot see. So it is
-    for inference: refused while a parameter that would be packed requires a gradient. An output
-    projection with an adapter or a hook is left alone.
+    for inference: refused while a parameter that would be packed requires a gradient. What has an
+    adapter or a hook is left alone.
 
     Returns the module.
 
     Raises:
         ValueError: naming a parameter that requires a gradient, before anything is packed.
     """
-    layers = {n: m for n, m in module.named_modules() if isinstance(m, CrossAttention)}
-    for name, layer in layers.items():
-        for key, parameter in layer.to_out[0].named_parameters():
+    restore(module)
+    parts = {n: m for n, m in module.named_modules() if isinstance(m, (CrossAttention, nn.Conv2d))}
+    for name, part in parts.items():
+        inside = f"{name}.to_out.0" if isinstance(part, CrossAttention) else name
+        weights = part.to_out[0] if isinstance(part, CrossAttention) else part
+        for key, parameter in weights.named_parameters():
             if parameter.requires_grad:
-                where = ".".join(filter(None, (name, "to_out.0", key)))
+                where = f"{inside}.{key}".strip(".")
                 raise ValueError(
                     f"optimize is for inference, but {where} requires a gradient: call "
                     "requires_grad_(False) on the module first"
                 )
-    for layer in layers.values():
-        layer.pack_out()
+    doubled = {id(m.conv) for m in module.modules() if isinstance(m, Upsample)}
+    for part in parts.values():
+        if isinstance(part, CrossAttention):
+            part.pack_out()
+        elif not (
+            PackedConv2d.packable(part) and PackedConv2d.pack(part, doubled=id(part) in doubled)
+        ):
+            _relayout(part, torch.channels_last)
     return module
 
 
 def restore(module: nn.Module) -> nn.Module:
     """Take away what `optimize` added. Returns the module."""
-    for layer in module.modules():
-        if isinstance(layer, CrossAttention):
-            layer.unpack_out()
+    for part in module.modules():
+        if isinstance(part, CrossAttention):
+            part.unpack_out()
+        elif isinstance(part, PackedConv2d):
+            part.unpack()
+        elif isinstance(part, nn.Conv2d):
+            _relayout(part, torch.contiguous_format)
     return module
+
+
+def _relayout(conv: nn.Conv2d, layout: torch.memory_format) -> None:
+    """Change how a weight lies in memory; its values, and the Parameter, stay."""
+    if conv.weight.dim() == 4 and not conv.weight.is_meta:
+        conv.weight.data = conv.weight.data.contiguous(memory_format=layout)

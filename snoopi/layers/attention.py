@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from snoopi import ops
 from snoopi.conditioning import Conditioning, TextKV
 from snoopi.guidance import Guidance, strength, with_strength
+from snoopi.layers import packed
 from snoopi.ops import LinearPack, TextPack
 
 
@@ -114,7 +115,7 @@ class CrossAttention(nn.Module):
         # A graph would hold the pack, but could not see that the weight has changed.
         if pack is None or torch.compiler.is_compiling():
             return LinearPack(out.weight, out.bias)
-        current = pack.weight is out.weight and version == _version(out.weight)
+        current = pack.weight is out.weight and version == packed.version(out.weight)
         return pack._replace(bias=out.bias) if current else LinearPack(out.weight, out.bias)
 
     def pack_out(self) -> None:
@@ -122,7 +123,7 @@ class CrossAttention(nn.Module):
         linear = self._linear()
         if linear is not None:
             weight = linear.weight
-            self._packed_out = ops.pack_linear(weight, linear.bias), _version(weight)
+            self._packed_out = ops.pack_linear(weight, linear.bias), packed.version(weight)
 
     def unpack_out(self) -> None:
         """Undo pack_out."""
@@ -130,11 +131,6 @@ class CrossAttention(nn.Module):
 
     def _out(self, z: Tensor) -> Tensor:
         return self.to_out[0](z.flatten(-2))  # [b m c]
-
-
-def _version(x: Tensor) -> int:
-    """Counts changes in place, but not those of inference tensors and through `.data`."""
-    return 0 if x.is_inference() else x._version
 
 
 def _pool(region: Tensor, size: tuple[int, int]) -> Tensor:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from snoopi.layers.packed import PackedConv2d
 from snoopi.layers.remake import remake
+
+
+def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(silu(norm(x))): in one pass where the convolution is packed (snoopi.optimize)."""
+    if isinstance(conv, PackedConv2d) and conv.takes(x, norm):
+        return conv.fused(x, norm)
+    return conv(F.silu(norm(x)))
 
 
 class ResnetBlock(nn.Module):
@@ -25,6 +33,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         """x [b c h w], temb [b time_width] -> [b c_out h w]."""
+        if isinstance(self.conv1, PackedConv2d) and self.conv1.takes(x, self.norm1):
+            return self._fused(x, temb)
         h = remake(self._first, x)  # [b c_out h w]
         if self.time_emb_proj is not None:
             assert temb is not None
@@ -32,11 +42,24 @@ class ResnetBlock(nn.Module):
         h = remake(self._second, h)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
+    def _fused(self, x: Tensor, temb: Tensor | None) -> Tensor:
+        conv1, conv2 = self.conv1, self.conv2
+        assert isinstance(conv1, PackedConv2d)
+        time = None
+        if self.time_emb_proj is not None:
+            assert temb is not None
+            time = self.time_emb_proj(F.silu(temb))  # [b c_out]
+        h = conv1.fused(x, self.norm1, time=time)
+        rest = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        if isinstance(conv2, PackedConv2d) and conv2.takes(h, self.norm2):
+            return conv2.fused(h, self.norm2, residual=rest)
+        return rest + self._second(h)
+
     def _first(self, x: Tensor) -> Tensor:
-        return self.conv1(F.silu(self.norm1(x)))
+        return norm_silu_conv(self.norm1, self.conv1, x)
 
     def _second(self, h: Tensor) -> Tensor:
-        return self.conv2(F.silu(self.norm2(h)))
+        return norm_silu_conv(self.norm2, self.conv2, h)
 
 
 class Downsample(nn.Module):
@@ -64,6 +87,9 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """[b c h w] -> [b c 2h 2w]; `size` for odd sizes, where the skip is one pixel short."""
+        height, width = x.shape[-2:]
+        if isinstance(self.conv, PackedConv2d) and size in (None, (2 * height, 2 * width)):
+            return self.conv.of_doubled(x)
         if size is None:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return self.conv(F.interpolate(x, size=size, mode="nearest"))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from snoopi.conditioning import Conditioning
 from snoopi.layers.attention import CrossAttention, SelfAttention, fill_kv
-from snoopi.layers.blocks import Downsample, ResnetBlock, Upsample
+from snoopi.layers.blocks import Downsample, ResnetBlock, Upsample, norm_silu_conv
 from snoopi.layers.embeddings import TimestepEmbedding, sinusoid
 from snoopi.layers.remake import remake
 
@@ -252,7 +252,7 @@ class UNet(nn.Module):
             rest = len(skips) - self.config.resnets - 1
             size = tuple(skips[rest - 1].shape[-2:]) if rest else None
             x = level(x, skips, temb, cond, size)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
     def _time(self, t: Tensor, cond: Conditioning) -> Tensor:
         """The embedding of t, of LCM's guidance and of SDXL's pooled text and sizes, [b 4 c0]."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snoopi import ops
-from snoopi.layers.blocks import Downsample, ResnetBlock, Upsample
+from snoopi.layers.blocks import Downsample, ResnetBlock, Upsample, norm_silu_conv
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, self.mid_block(x))
 
 
 class Decoder(nn.Module):
@@ -138,7 +138,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 
 class VAE(nn.Module):

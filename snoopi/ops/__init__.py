@@ -1,5 +1,6 @@
-"""Cross-attention ops: plain attention, NASA and its twin form; fused on the CPU where built."""
+"""Attention (plain, NASA and its twin form) and convolution ops; fused on the CPU where built."""
 
+from snoopi.ops.conv import Affine, ConvPack, conv, group_norm_fold, pack_conv
 from snoopi.ops.nasa import (
     attention,
     explain,
@@ -11,14 +12,19 @@ from snoopi.ops.nasa import (
 from snoopi.ops.packs import Formula, LinearPack, TextPack, pack_linear, pack_text
 
 __all__ = [
+    "Affine",
+    "ConvPack",
     "Formula",
     "LinearPack",
     "TextPack",
     "attention",
+    "conv",
     "explain",
+    "group_norm_fold",
     "guided_attention",
     "nasa_attention",
     "nasa_attention_packed",
+    "pack_conv",
     "pack_linear",
     "pack_text",
     "twin_attention",

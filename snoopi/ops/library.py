@@ -44,7 +44,7 @@ torch.library.define(
     "Tensor? mask_neg, float softmax_scale) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-# What is packed is laid out for the processor, so these three have native kernels only. Their
+# What is packed is laid out for the processor, so these have native kernels only. Their
 # results carry no gradient: the faces in `nasa` take another path where one is wanted.
 torch.library.define(
     GUIDED,
@@ -218,6 +218,26 @@ def _pack_text_fake(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, 
 def _pack_linear_fake(weight: Tensor) -> Tensor:
     size = torch.ops.snoopi.linear_bytes(*(int(n) for n in weight.shape), weight.dtype)
     return weight.new_empty((size,), dtype=torch.uint8)
+
+
+@torch.library.register_fake(CONV)
+def _conv_fake(x: Tensor, weight: Tensor, kind: str, c_out: int, *args: Any) -> Tensor:
+    times = 2 if kind in ("doubled", "phased") else 1
+    size = (x.shape[0], c_out, x.shape[2] * times, x.shape[3] * times)
+    return x.new_empty(size).contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake(PACK_CONV)
+def _pack_conv_fake(weight: Tensor, kind: str) -> Tensor:
+    c_out, c_in = (int(n) for n in weight.shape[:2])
+    size = torch.ops.snoopi.conv_bytes(kind, c_out, c_in, weight.dtype)
+    return weight.new_empty((size,), dtype=torch.uint8)
+
+
+@torch.library.register_fake(GROUP_NORM_FOLD)
+def _group_norm_fold_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    dtype = reference.computing_dtype(x)
+    return x.new_empty(x.shape[:2], dtype=dtype), x.new_empty(x.shape[:2], dtype=dtype)
 
 
 def _nasa_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

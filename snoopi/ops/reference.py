@@ -1,10 +1,11 @@
-"""The op's slow twins: plain torch, obviously right, any device, any floating dtype.
+"""The ops' slow twins: plain torch, obviously right, any device, any floating dtype.
 
 b batch, m query tokens, n text tokens, h heads, d head dim. 16-bit inputs are computed in fp32,
 fp32 and fp64 in their own precision; results are rounded once, at the end.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from snoopi.ops.packs import TextPack
@@ -66,6 +67,46 @@ def attend(q: Tensor, text: TextPack, softmax_scale: float) -> tuple[Tensor, Ten
     lse = logits.logsumexp(-1).masked_fill(~alive, float("-inf"))
     z = torch.einsum("bmhn,bnhd->bmhd", logits.softmax(-1), v)
     return z.masked_fill(~alive[..., None], 0.0), lse
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    doubled: bool,
+    added: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    residual: Tensor | None,
+) -> Tensor:
+    """conv(silu(scale x + shift)) + added + residual, of x doubled by nearest neighbour if asked.
+
+    x [b c_in h w], weight [c_out c_in k k], scale, shift [b c_in], added [b|1 c_out].
+    """
+    dtype = computing_dtype(x)
+    y = x.to(dtype)
+    if scale is not None and shift is not None:
+        y = y * scale.to(dtype)[:, :, None, None] + shift.to(dtype)[:, :, None, None]
+    y = F.silu(y) if silu else y
+    y = F.interpolate(y, scale_factor=2.0, mode="nearest") if doubled else y
+    y = F.conv2d(y, weight.to(dtype), padding=weight.shape[-1] // 2)
+    y = y if added is None else y + added.to(dtype)[:, :, None, None]
+    y = y if residual is None else y + residual.to(dtype)
+    return y.to(x.dtype)
+
+
+def group_norm_fold(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift [b c] with scale x + shift = GroupNorm(x) of x [b c h w]."""
+    rows = x.double().unflatten(1, (groups, -1)).flatten(2)  # [b g c/g*h*w]
+    mean, variance = rows.mean(-1), rows.var(-1, unbiased=False)
+    width = x.shape[1] // groups
+    by = (variance + eps).rsqrt().repeat_interleave(width, 1)  # [b c]
+    scale = by if weight is None else by * weight.double()
+    shift = -scale * mean.repeat_interleave(width, 1)
+    shift = shift if bias is None else shift + bias.double()
+    return scale.to(computing_dtype(x)), shift.to(computing_dtype(x))
 
 
 def computing_dtype(q: Tensor) -> torch.dtype:
