@@ -52,30 +52,43 @@ int64_t lay_out(const Conv& call, int64_t tiles, int64_t patch, char* memory,
   return used;
 }
 
-// 1 / (1 + e) for e >= 0, to 2^-14 if it need not be exact.
-template <bool kExact, typename Vector>
-inline Vector reciprocal_of_one_more(Vector e) {
-#if defined(__AVX512F__)
-  if constexpr (!kExact) return (Vector)_mm512_rcp14_ps((__m512)(e + 1.0f));
-#endif
-  return 1 / (e + 1);
-}
-
-// x[i] = x[i] sigmoid(x[i]).
+// x[i] = x[i] sigmoid(x[i]); to 2^-14 of it where it need not be exact.
 template <typename F, int kCount>
 inline void silu(Vec<typename F::Acc>* x) {
   typedef typename F::Acc Acc;
   Vec<Acc> e[kCount];
+#if defined(__AVX512F__)
+  if constexpr (!F::kExactExp) {  // an exponent past the range becomes 0 or infinity, as it should
+    __m512 whole[kCount];
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      e[i] = x[i] * static_cast<Acc>(-kLog2E);
+      whole[i] = _mm512_roundscale_ps((__m512)e[i], 0);
+      e[i] -= (VecF)whole[i];
+    }
+    VecF p[kCount];
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) p[i] = splat(kNearTerms[0]);
+#pragma GCC unroll 4
+    for (int term = 1; term < 5; ++term) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) p[i] = p[i] * e[i] + kNearTerms[term];
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      const VecF power = (VecF)_mm512_scalef_ps((__m512)p[i], whole[i]);
+      x[i] *= (VecF)_mm512_rcp14_ps((__m512)(power + 1.0f));
+    }
+    return;
+  }
+#endif
 #pragma GCC unroll 4
   for (int i = 0; i < kCount; ++i) {
-    e[i] = greater(x[i], -x[i]) * static_cast<Acc>(-kLog2E);  // -|x|
+    e[i] = greater(x[i], -x[i]) * static_cast<Acc>(-kLog2E);  // of -|x|
   }
   exp2_nonpositive<F::kExactExp, kCount>(e);
 #pragma GCC unroll 4
-  for (int i = 0; i < kCount; ++i) {
-    const Vec<Acc> r = reciprocal_of_one_more<F::kExactExp>(e[i]);
-    x[i] *= x[i] > 0 ? r : e[i] * r;
-  }
+  for (int i = 0; i < kCount; ++i) x[i] *= (x[i] > 0 ? splat(Acc(1)) : e[i]) / (e[i] + 1);
 }
 
 // A task's input, normalized and activated: channels [begin, end) of [rows, columns] pixels, in
@@ -272,6 +285,32 @@ void leave(const Conv& call, const ConvTask& task, int64_t j, int64_t columns,
   }
 }
 
+// `multiply` with one panel, by runs of depth that are summed for themselves: one chain of thousands
+// of sums would round several times as much as a sum of chains.
+template <typename F>
+inline void multiply_in_runs(const typename F::Unit* a, int64_t a_stride, int64_t rows,
+                             const typename F::Unit* panel, int64_t units, int64_t vectors,
+                             typename F::Acc* c, int64_t c_stride) {
+  typedef typename F::Acc Acc;
+  constexpr int64_t kRun = 256;
+  alignas(64) Acc part[kBlockRows * kPanelColumns<F>];
+  for (int64_t k = 0; k < units; k += kRun) {
+    const int64_t steps = units - k < kRun ? units - k : kRun;
+    const typename F::Unit* b = panel + k * vectors * W<F>;
+    if (k == 0) {
+      multiply<F>(a, a_stride, rows, b, steps, steps, vectors, c, c_stride);
+      continue;
+    }
+    multiply<F>(a + k, a_stride, rows, b, steps, steps, vectors, part, kPanelColumns<F>);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t v = 0; v < vectors * W<F>; v += W<F>) {
+        const Vec<Acc> sum = load(c + r * c_stride + v) + load(part + r * kPanelColumns<F> + v);
+        store(c + r * c_stride + v, sum);
+      }
+    }
+  }
+}
+
 template <typename F, ConvKind kKind>
 void convolve(const Conv& call, const ConvTask& task, const ConvScratch<F>& scratch) {
   constexpr int64_t kColumns = kPanelColumns<F>;
@@ -289,9 +328,9 @@ void convolve(const Conv& call, const ConvTask& task, const ConvScratch<F>& scra
       const typename F::Unit* panel = weight + p * matrix + j * units;
       for (int64_t t = 0; t < tiles; t += kBlockRows) {
         const int64_t rows = tiles - t < kBlockRows ? tiles - t : kBlockRows;
-        multiply<F>(scratch.a + (p * scratch.tiles + t) * scratch.stride, scratch.stride, rows,
-                    panel, units, units, vectors_of<F>(columns),
-                    scratch.c + t * scratch.c_stride + p * kColumns, scratch.c_stride);
+        multiply_in_runs<F>(scratch.a + (p * scratch.tiles + t) * scratch.stride, scratch.stride,
+                            rows, panel, units, vectors_of<F>(columns),
+                            scratch.c + t * scratch.c_stride + p * kColumns, scratch.c_stride);
       }
     }
     leave<F, kKind>(call, task, j, columns, scratch);

@@ -77,9 +77,9 @@ def _native_pays(q: Tensor, text: TextPack) -> bool:
 def pays(q: Tensor, text: TextPack) -> bool:
     """Whether the native op is faster at plain attention on this processor (benchmarks.attention).
 
-    PyTorch's is slow in bf16 on a CPU without AMX. In fp32 the op loses on wide heads, which do not
-    fit its blocks, and on tiny calls; over thousands of keys it wins a tenth, but rounds
-    three times as much, for it sums them in one run and not by blocks.
+    PyTorch's is slow in bf16 on a CPU without AMX. With AMX, and in fp32, the op loses on wide
+    heads, which do not fit its blocks, and in fp32 on tiny calls; there, over thousands of keys, it
+    wins a tenth, but rounds three times as much, for it sums them in one run and not by blocks.
     """
     if not native.NATIVE.attends or text.mask is not None or len(text.k) != len(q):
         return False
@@ -87,7 +87,7 @@ def pays(q: Tensor, text: TextPack) -> bool:
         n = text.k.shape[1]
         # Not by the batch: a picture's result is the same on any number of ranks.
         return q.shape[-1] <= 160 and n <= 1024 and q.shape[1:3].numel() * n >= 2**14
-    return q.dtype == torch.bfloat16
+    return q.dtype == torch.bfloat16 and (q.shape[-1] <= 160 or not native.NATIVE.tiles)
 
 
 def nasa_attention(
