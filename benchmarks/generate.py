@@ -34,7 +34,7 @@ NAME = "benchmarks.generate"
 ROOT = Path(__file__).parents[1]
 STAGES = ("text", "backbone", "vae")
 POLL = 0.02  # seconds between two looks at a fresh process's memory
-IMPORT_ROUNDS = 5
+IMPORT_ROUNDS = 3
 # After `import torch`: seconds until each name is there.
 IMPORTS = {
     "import snoopi": "import snoopi",
@@ -126,8 +126,9 @@ def _drawn(
     workers: Mapping[str, Worker],
     exact: Mapping[str, Any],
 ) -> Rows:
-    """The rows of a batch size, printed: compared, then drawn in turns."""
+    """The rows of a batch size, printed: compared (which warms them up), then drawn in turns."""
     away = _check(case, spec, batch, workers, exact)
+    against = "fp32" if exact else "diffusers"
     drawings = [Drawing(side, False, vae) for vae in _vaes(case) for side in case.sides]
     drawings += [Drawing(side, True) for side in sides.OURS]
     taken: dict[Drawing, list[dict[str, float]]] = {drawing: [] for drawing in drawings}
@@ -138,9 +139,6 @@ def _drawn(
         taken[drawing].append(found)
         return Span(found["total"], found["processor"])
 
-    for drawing in drawings:  # the first call of each, not counted
-        draw(drawing)
-        taken[drawing].clear()
     runs: dict[str, list[Callable[[], object]]] = {
         str(i): [lambda drawing=drawing: draw(drawing)]  # type: ignore[misc]
         for i, drawing in enumerate(drawings)
@@ -176,6 +174,7 @@ def _drawn(
             "speedup": {side: statistics.median(one) for side, one in ratios.items()},
             "speedup_quartiles": {side: common.quartiles(one) for side, one in ratios.items()},
             "error": away[drawing],
+            "error_against": against if not drawing.negative else "none",
             "cores": {drawing.side: times[drawing].cores},
         }
         print(common.text_row(TABLE.columns, row), flush=True)
@@ -199,7 +198,8 @@ def _check(
         found = models.check(what, case.dtype, got, exact.get(vae))
         away |= {Drawing(side, False, vae): value for side, value in found.items()}
         if vae == "full":
-            plain, rounding = got["none"], found["diffusers"]
+            plain = got["none"]
+            rounding = found["diffusers"] if exact else None
     ours = {s: workers[s].ask("picture", s, prompts, z, sides.NEGATIVE, "full") for s in sides.OURS}
     what = f"{case.model} {case.dtype}, the picture with NASA, batch {batch}"
     found = models.check_negative(what, case.dtype, ours, plain, rounding)
@@ -415,7 +415,7 @@ def _run(options: argparse.Namespace) -> None:
                     fresh += cold
                 if options.cold and not taken:
                     taken = imports(folder)
-    notes = common.busy(rows) + _notes(fresh, taken)
+    notes = common.busy(rows) + models.unjudged(rows) + _notes(fresh, taken)
     command = _command(options, threads)
     common.finish(options.json, TABLE, command, described, rows, fresh, notes)
 

@@ -41,7 +41,7 @@ ONE_STEP = {
 # Relative errors of a whole network. Below FLOORS a side is right whatever diffusers' own error is;
 # above CEILINGS diffusers itself computes something else.
 FLOORS = {"fp32": 2e-5, "bf16": 1e-3}
-CEILINGS = {"fp32": 1e-3, "bf16": 0.15}
+CEILINGS = {"fp32": 1e-3, "bf16": 0.1}
 ERROR_FACTOR = 2.0
 
 
@@ -188,7 +188,7 @@ def fits_in_fp32(folder: Path, dtype: str) -> bool:
         return True
     (free,) = (1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     size = sum(path.stat().st_size for path in (folder / "snoopi").glob("*.safetensors"))
-    return free > 1.2 * size * 4 / common.DTYPES[dtype].itemsize + 3 * 2**30
+    return free > 1.1 * size * 4 / common.DTYPES[dtype].itemsize + 2 * 2**30
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -212,13 +212,14 @@ class Worker:
         Raises:
             WrongResult: the process died, or the method failed.
         """
-        self._pipe.send((method, arguments))
+        with contextlib.suppress(ConnectionError):  # the answer tells
+            self._pipe.send((method, arguments))
         return self._answer()
 
     def _answer(self) -> Any:
         try:
             fine, found = self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self._process.join()
             found = f"died with status {self._process.exitcode}"
             fine = False
@@ -321,7 +322,7 @@ def check(what: str, dtype: str, got: Mapping[str, Any], exact: Any) -> dict[str
     first = got["diffusers"]
     if exact is None:
         found = {side: error(result, first) for side, result in got.items()}
-        bound = FLOORS[dtype] if dtype == "fp32" else CEILINGS[dtype]
+        bound = _loose(dtype)
         against = "diffusers'"
     else:
         rows = len(exact)
@@ -333,6 +334,13 @@ def check(what: str, dtype: str, got: Mapping[str, Any], exact: Any) -> dict[str
             )
         bound = max(ERROR_FACTOR * found["diffusers"], FLOORS[dtype])
         against = f"fp32 (diffusers' own is {found['diffusers']:.3g})"
+    for side, value in found.items():
+        if not value <= bound:
+            raise WrongResult(
+                f"{what}, {side}: error {value:.3g} against {against}, at most {bound:.3g} is "
+                "allowed; nothing was timed"
+            )
+    if exact is not None:
         # The rows that fp32 does not have: two results at these errors are so far apart at most.
         for side, result in got.items():
             apart = error(result, first)
@@ -340,26 +348,24 @@ def check(what: str, dtype: str, got: Mapping[str, Any], exact: Any) -> dict[str
                 raise WrongResult(
                     f"{what}, {side}: {apart:.3g} from diffusers' in all rows; nothing was timed"
                 )
-    for side, value in found.items():
-        if not value <= bound:
-            raise WrongResult(
-                f"{what}, {side}: error {value:.3g} against {against}, at most {bound:.3g} is "
-                "allowed; nothing was timed"
-            )
     return found
 
 
 def check_negative(
-    what: str, dtype: str, got: Mapping[str, Any], plain: Any, rounding: float
+    what: str, dtype: str, got: Mapping[str, Any], plain: Any, rounding: float | None
 ) -> dict[str, float]:
-    """With a negative: both of ours agree up to `rounding` (diffusers' error), and it matters.
+    """With a negative, where diffusers has nothing to compare with: both of ours agree up to
+    rounding, and the negative matters more than that.
 
-    plain: the result without the negative. Returns the distance of each side from `none`.
+    plain: the result without the negative. rounding: the error of diffusers' own result without it
+    against fp32; None where it is not known. Returns the distance of each side from `none`.
 
     Raises:
         WrongResult: naming what is wrong.
     """
-    bound = max((1 + ERROR_FACTOR) * rounding, FLOORS[dtype])
+    bound = _loose(dtype)
+    if rounding is not None:  # two results at these errors are so far apart at most
+        bound = max((1 + ERROR_FACTOR) * rounding, FLOORS[dtype])
     found = {side: error(result, got["none"]) for side, result in got.items()}
     for side, value in found.items():
         if not value <= bound:
@@ -368,6 +374,22 @@ def check_negative(
                 "allowed; nothing was timed"
             )
     moved = error(got["none"], plain)
-    if not (moved > bound and math.isfinite(moved)):
+    if not (2 * max(found.values()) < moved < math.inf):
         raise WrongResult(f"{what}: the negative changes the result by {moved:.3g} only")
     return found
+
+
+def unjudged(rows: Sequence[common.Row]) -> list[str]:
+    """A note on rows in bf16 that no result in fp32 could be had for."""
+    count = sum(row["dtype"] == "bf16" and row["error_against"] == "diffusers" for row in rows)
+    if not count:
+        return []
+    return [
+        f"{count} rows: memory had no room for diffusers in fp32, so that their error is the "
+        "distance from diffusers' result"
+    ]
+
+
+def _loose(dtype: str) -> float:
+    """How far two results may be apart where no better one is known."""
+    return FLOORS[dtype] if dtype == "fp32" else CEILINGS[dtype]

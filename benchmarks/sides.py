@@ -281,15 +281,22 @@ def packages(folder: Path) -> Any:
     Raises:
         ImportError: diffusers or transformers is not installed.
     """
-    # Beside a torch for the CPU a torchvision for CUDA does not load, and they would not without.
-    sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    quiet()
     for name in ("diffusers", "transformers"):
         logging = importlib.import_module(f"{name}.utils.logging")
         logging.disable_progress_bar()
         logging.set_verbosity_error()
     index = json.loads((folder / "model_index.json").read_text())
     return getattr(importlib.import_module("diffusers"), index["_class_name"])
+
+
+def quiet() -> None:
+    """Before their import: without the network, and without torchvision.
+
+    Beside a torch for the CPU a torchvision for CUDA does not load, and they would not without.
+    """
+    sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 class Theirs(Host):
