@@ -98,6 +98,13 @@ def check_folder(name: str, path: Path | None) -> None:
 # --- timing ---------------------------------------------------------------------------------------
 
 
+class Span(NamedTuple):
+    """Seconds of one call, and the processor seconds that all threads took."""
+
+    seconds: float
+    processor: float
+
+
 class Times(NamedTuple):
     """Seconds of one thing, a round each, and the processor seconds that all threads took."""
 
@@ -128,15 +135,18 @@ def interleave(
 
     A competitor is a sequence of parts, each timed on its own; a round runs all parts of one, then
     of the next. The order changes from round to round, because who comes after whom matters: the
-    second finds the inputs in the caches. Returns the Times of each part.
+    second finds the inputs in the caches. A part that runs in another process returns the Span it
+    took there. Returns the Times of each part.
     """
     times = {name: [Times([], []) for _ in parts] for name, parts in competitors.items()}
     for i in range(-warmup, rounds):
         for name in _order(list(competitors), i + warmup):
             for part, taken in zip(competitors[name], times[name], strict=True):
                 processor, wall = time.process_time(), time.perf_counter()
-                part()
+                found = part()
                 wall, processor = time.perf_counter() - wall, time.process_time() - processor
+                if isinstance(found, Span):
+                    wall, processor = found
                 if i >= 0:
                     taken.seconds.append(wall)
                     taken.processor.append(processor)

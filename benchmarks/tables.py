@@ -8,13 +8,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import attention, common, nasa_kernel, nasa_price, train_step
+from benchmarks import (
+    attention,
+    common,
+    generate,
+    model_forward,
+    nasa_kernel,
+    nasa_price,
+    train_step,
+)
 from snoopi import errors
 from snoopi.pictures import write_atomically
 
 NAME = "benchmarks.tables"
 TABLES = {
     "attention": attention.TABLE,
+    "generate": generate.TABLE,
+    "model_forward": model_forward.TABLE,
     "nasa_kernel": nasa_kernel.TABLE,
     "nasa_price": nasa_price.TABLE,
     "train_step": train_step.TABLE,

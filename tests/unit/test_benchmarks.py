@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -12,11 +13,28 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import attention, calls, common, nasa_kernel, nasa_price, plots, tables, train_step
+from benchmarks import (
+    attention,
+    calls,
+    common,
+    generate,
+    model_forward,
+    models,
+    nasa_kernel,
+    nasa_price,
+    plots,
+    sides,
+    tables,
+    train_step,
+)
 from benchmarks.calls import METHODS, Shape
-from snoopi import ops
+from snoopi import ops, zoo
 from snoopi.layers.attention import CrossAttention
+from snoopi.models.clip import CLIPTextConfig
+from snoopi.models.unet import UNetConfig
+from snoopi.models.vae import VAEConfig
 
 CONTRACT = (
     *(
@@ -672,3 +690,280 @@ def test_train_step_is_the_same_in_every_variant(
     capsys.readouterr()
     assert train_step.main(words) == 1
     assert "loss_lora of step 1" in one_line(capsys)
+
+
+# --- model_forward, generate ----------------------------------------------------------------------
+
+BASE = zoo.model("sbv2")
+WHOLE = dataclasses.replace(
+    BASE,
+    backbone=UNetConfig(
+        channels=(16, 32, 64, 64), heads=(1, 2, 4, 4), linear_proj=True, norm_groups=8,
+        text_width=24,
+    ),
+    vae=VAEConfig(channels=(16, 32, 48, 48), norm_groups=8),
+    text=(
+        dataclasses.replace(
+            BASE.text[0], config=CLIPTextConfig(width=24, mlp_width=40, layers=2, heads=2)
+        ),
+    ),
+    latent_size=8,
+)  # fmt: skip
+WHOLE_WORDS = ["--models", "whole", "--size", "64", "--rounds", "2", "--threads", "1"]
+
+
+class Here:
+    """A Worker without a process: the tests of the sides' own processes are further below."""
+
+    def __init__(self, given: sides.Setup) -> None:
+        self.host = models.host(given)
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        return getattr(self.host, method)(*arguments)
+
+    def span(self, side: str, part: str) -> common.Span:
+        return common.Span(*self.ask("span", side, part))
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A tiny model of the name "whole", and both sides in this process."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(models, "ONE_STEP", {"whole": ""})
+    monkeypatch.setattr(models, "spec", lambda name: WHOLE)
+    monkeypatch.setattr(models, "Worker", Here)
+    monkeypatch.setattr(model_forward, "GEMMS", ((8, 4, 6), (4, 4, 4)))
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def both() -> None:
+    """Skips without diffusers."""
+    sides.quiet()
+    for name in ("diffusers", "transformers"):
+        pytest.importorskip(name)
+
+
+@pytest.mark.parametrize("command", [model_forward.main, generate.main])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--models", "sd21,sd3"], "--models must be of sd15, sd21, pixart-512, sdxl, got 'sd3'"),
+        (["--batch", "1,0"], "--batch must be numbers of at least 1"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--size", "500"], "--size must be a multiple of 64 pixels, got 500"),
+        (["--threads", "3"], "--threads must be at most 2"),
+    ],
+)
+def test_mistakes_of_whole_models(
+    command: Any, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(words) == 2
+    assert said in one_line(capsys)
+
+
+def test_without_diffusers_nothing_begins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    for command in (model_forward.main, generate.main):
+        assert command([]) == 2
+        assert "the other side needs diffusers" in one_line(capsys)
+
+
+@pytest.mark.parity
+def test_one_call_of_every_part(
+    both: None, whole: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "m.json"
+    words = ["--dtype", "both", "--batch", "1,2", "--profile", "--json", str(file)]
+    assert model_forward.main([*WHOLE_WORDS, *words]) == 0
+    result = json.loads(file.read_text())
+    rows = result["rows"]
+    parts = ("backbone", "backbone+nasa", "vae", "text")
+    assert [(r["dtype"], r["batch"], r["part"]) for r in rows] == [
+        (dtype, batch, part) for dtype in ("fp32", "bf16") for batch in (1, 2) for part in parts
+    ]
+    against = {r["part"]: r["error_against"] for r in rows if r["dtype"] == "bf16"}
+    assert against == dict.fromkeys(parts, "fp32") | {"backbone+nasa": "none"}
+    for one, two in zip(rows[:4], rows[4:8], strict=True):
+        assert two["gflop"] == pytest.approx(2 * one["gflop"], rel=0.01)
+    for row in rows:
+        assert set(row["ms"]) == {"snoopi", "none", "diffusers", "channels_last"}
+        assert row["gflops"] == pytest.approx(1e3 * row["gflop"] / row["ms"]["snoopi"])
+        assert row["roof_fraction"] == pytest.approx(row["gflops"] / row["gemm_gflops"])
+    operators = {(r["side"], r["part"]) for r in result["summary"]}
+    assert operators == {
+        (side, part) for side in ("snoopi", "channels_last") for part in model_forward.PARTS
+    }
+    assert all(r["operator"].count("::") for r in result["summary"] if r["share"] > 0.3)
+    capsys.readouterr()
+    assert tables.main([str(file)]) == 0
+    assert "| whole | backbone+nasa | bf16 | 1 | 2 |" in capsys.readouterr().out
+
+
+@pytest.mark.parity
+def test_flops_are_those_of_a_layer_counted_by_hand(
+    both: None, whole: None, tmp_path: Path
+) -> None:
+    models.write(tmp_path, WHOLE, "fp32", tiny=False)
+    theirs = sides.Theirs(models.setup(tmp_path, WHOLE, "fp32", 1, "diffusers"))
+    counts = []
+    for batch in (1, 3):
+        theirs.give(models.inputs(WHOLE, batch, 64))
+        counts.append(theirs.flops("text"))
+    n, width, mlp = 77, 24, 40
+    layer = 2 * n * width * (4 * width + 2 * mlp) + 4 * n * n * width
+    assert counts == [2 * layer, 3 * 2 * layer]  # two layers
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("part", ["vae", "nasa"])
+def test_a_side_that_computes_something_else_stops_it(
+    part: str,
+    both: None,
+    whole: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    right = sides.Ours.call
+
+    def wrong(self: sides.Ours, side: str, asked: str) -> Any:
+        call = right(self, side, asked)
+        return (lambda: 1.1 * call()) if (side, asked) == ("snoopi", part) else call
+
+    monkeypatch.setattr(sides.Ours, "call", wrong)
+    parts = "vae" if part == "vae" else "backbone"
+    assert model_forward.main([*WHOLE_WORDS, "--parts", parts]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    where = "vae, batch 1, snoopi" if part == "vae" else "backbone, batch 1, with NASA, snoopi"
+    assert f"whole bf16 {where}: " in said and "nothing was timed" in said
+
+
+@pytest.mark.parity
+def test_pictures_by_stage(
+    both: None,
+    whole: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seconds = {"snoopi": 1.0, "none": 2.0, "diffusers": 4.0, "channels_last": 3.0}
+
+    def fresh(setup: sides.Setup, pixels: int, out: Path) -> dict[str, float]:
+        (side,) = setup.sides
+        names = ("import_s", "load_s", "draw_s", "first_s", "peak", "anonymous")
+        return dict.fromkeys(names, seconds[side])
+
+    monkeypatch.setattr(generate, "first_picture", fresh)
+    monkeypatch.setattr(generate, "imports", lambda folder: {"import snoopi": 0.25})
+    file = tmp_path / "g.json"
+    words = ["--batch", "2", "--vae", "tiny", "--keep", str(tmp_path), "--json", str(file)]
+    for _ in range(2):  # the second time finds the models
+        assert generate.main([*WHOLE_WORDS, *words]) == 0
+    result = json.loads(file.read_text())
+    names = ["snoopi", "none", "diffusers", "channels_last"]
+    drawn = [(r["side"], r["negative"], r["vae"]) for r in result["rows"]]
+    assert drawn == [
+        *((name, False, vae) for vae in ("full", "tiny") for name in names),
+        *((name, True, "full") for name in names[:2]),
+    ]
+    for row in result["rows"]:
+        stages = row["ms"]
+        assert all(stages[name] > 0 for name in ("text", "backbone", "vae", "total"))
+        assert max(stages[name] for name in ("text", "backbone", "vae")) < stages["total"]
+        if row["side"] == "diffusers":
+            assert row["speedup"]["diffusers"] == 1
+    assert [r["over"]["first_s"]["diffusers"] for r in result["summary"]] == [0.25, 0.5, 1, 0.75]
+    assert result["notes"][-1] == "over `import torch`: import snoopi 0.25 s"
+    assert str(tmp_path) not in result["command"]
+    capsys.readouterr()
+    assert tables.main([str(file)]) == 0
+    assert "| snoopi + NASA | whole | bf16 | 1 | 2 | full |" in capsys.readouterr().out
+    another = dataclasses.replace(WHOLE, latent_size=16)
+    monkeypatch.setattr(models, "spec", lambda name: another)
+    assert generate.main([*WHOLE_WORDS, *words]) == 2
+    assert "is another model than sbv2: choose another --keep" in one_line(capsys)
+
+
+@pytest.mark.parity
+def test_a_picture_of_another_text_encoder_stops_it(
+    both: None, whole: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = sides.Theirs._read
+    monkeypatch.setattr(
+        sides.Theirs, "_read", lambda self, ids: (right(self, ids)[0].roll(1, 2), None)
+    )
+    assert generate.main([*WHOLE_WORDS, "--dtype", "fp32", "--cold", "0"]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "whole fp32, the picture, batch 1, full VAE, snoopi: error" in said
+
+
+def test_errors_of_whole_networks() -> None:
+    exact = torch.randn(1, 50).numpy()
+
+    def at(error: float, rows: int = 1) -> Any:
+        return (exact * (1 + error)).repeat(rows, 0)
+
+    fine = {"diffusers": at(0.01), "snoopi": at(0.019)}
+    assert models.check("x", "bf16", fine, exact)["snoopi"] == pytest.approx(0.019, rel=1e-3)
+    for wrong, said in [
+        ({"diffusers": at(0.01), "snoopi": at(0.021)}, "x, snoopi: error 0.021 against fp32"),
+        ({"diffusers": at(0.11), "snoopi": at(0.01)}, "x, diffusers: error 0.11"),
+        ({"diffusers": at(0.01), "snoopi": at(math.nan)}, "x, snoopi: error inf"),
+    ]:
+        with pytest.raises(common.WrongResult, match=said):
+            models.check("x", "bf16", wrong, exact)
+    rows = at(0.01, 2)
+    rows[1] *= 1.1  # a row that fp32 does not have
+    with pytest.raises(common.WrongResult, match=r"x, snoopi: .* in all rows"):
+        models.check("x", "bf16", {"diffusers": at(0.01, 2), "snoopi": rows}, exact)
+    assert models.check("x", "fp32", {"diffusers": at(0), "snoopi": at(1e-5)}, None)
+    with pytest.raises(common.WrongResult, match="at most 2e-05"):
+        models.check("x", "fp32", {"diffusers": at(0), "snoopi": at(1e-4)}, None)
+    ours = {"none": at(0), "snoopi": at(0.02)}
+    assert models.check_negative("x", "bf16", ours, at(0.2), 0.01)["none"] == 0
+    with pytest.raises(common.WrongResult, match=r"x, snoopi: 0\.02 from the unoptimized"):
+        models.check_negative("x", "bf16", ours, at(0.2), 0.005)
+    with pytest.raises(
+        common.WrongResult, match=r"the negative changes the result by 0\.0291 only"
+    ):
+        models.check_negative("x", "bf16", ours, at(0.03), 0.01)
+
+
+def test_a_side_in_its_process(tmp_path: Path) -> None:
+    """What it returns is what it returns here, and its troubles are told."""
+    models.write(tmp_path, WHOLE, "fp32", tiny=False)
+    setup = models.setup(tmp_path, WHOLE, "fp32", 1, "none")
+    given = models.inputs(WHOLE, 2, 64)
+    here, there = Here(setup), models.Worker(setup)
+    for worker in (here, there):
+        worker.ask("give", given)
+    for part in ("backbone", "nasa", "vae", "text"):
+        want, got = (worker.ask("output", "none", part) for worker in (here, there))
+        assert models.error(got, want) < 1e-6 and there.span("none", part).seconds > 0
+    with pytest.raises(common.WrongResult, match="the process of none: KeyError: 'no such VAE'"):
+        there.ask("draw", "none", 1, 64, False, "no such VAE")
+    assert set(there.ask("draw", "none", 1, 64, True, "full")) >= {"text", "backbone", "total"}
+    there._process.kill()
+    with pytest.raises(common.WrongResult, match="the process of none: died with status -9"):
+        there.ask("output", "none", "vae")
+    there.close()
+
+
+def test_a_fresh_process_up_to_its_first_picture(tmp_path: Path) -> None:
+    models.write(tmp_path, WHOLE, "bf16", tiny=False)
+    setup = models.setup(tmp_path, WHOLE, "bf16", 1, "snoopi")
+    found = generate.first_picture(setup, 64, tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.size == (64, 64)
+    parts = [found[name] for name in ("import_s", "load_s", "draw_s", "save_s")]
+    assert min(parts) > 0 and found["first_s"] == pytest.approx(sum(parts))
+    if Path("/proc").is_dir():
+        assert found["peak"] > 2**20
+    with pytest.raises(common.WrongResult, match=r"a fresh process of snoopi failed: .*no such"):
+        generate.first_picture(setup._replace(folder="no such"), 64, tmp_path / "x.png")
