@@ -117,23 +117,10 @@ Tensor matrices(const Tensor& weight, ConvKind kind) {
   return out;
 }
 
-Tensor pack_conv(const Tensor& weight, std::string name) {
-  const ConvKind kind = kind_of(name);
-  const int64_t side = kind == ConvKind::kPointwise ? 1 : 3;
-  TORCH_CHECK(weight.dim() == 4 && weight.size(2) == side && weight.size(3) == side,
-              "snoopi: the weight of a ", name, " convolution must be [c_out c_in ", side, " ",
-              side, "], got ", weight.sizes());
-  TORCH_CHECK(weight.size(1) % kConvChannels == 0, "snoopi: c_in must be a multiple of ",
-              kConvChannels, ", got ", weight.size(1));
-  const at::ScalarType type = computing_type(weight.scalar_type());
-  TORCH_CHECK(conv_size(kind, weight.size(0), weight.size(1), type) > 0,
-              "snoopi: this processor's kernel packs no ", name, " convolution");
+// [positions c_out depth], by panels of columns.
+Tensor pack_matrices(const Tensor& parts, ConvKind kind, at::ScalarType type) {
   const Kernel& kernel = kernel_for(type);
-  const Tensor plain = weight.to(type).contiguous();
-  const Tensor parts = type == at::kDouble     ? matrices<double, double>(plain, kind)
-                       : type == at::kBFloat16 ? matrices<at::BFloat16, float>(plain, kind)
-                                               : matrices<float, float>(plain, kind);
-  const int64_t c_out = weight.size(0), depth = parts.size(2), columns = kernel.conv_columns(kind);
+  const int64_t c_out = parts.size(1), depth = parts.size(2), columns = kernel.conv_columns(kind);
   const int64_t size = kernel.linear_bytes(c_out, depth), panel = kernel.linear_bytes(columns, depth);
   const Tensor packed = bytes({parts.size(0) * size});
   char* to = static_cast<char*>(packed.mutable_data_ptr());
@@ -149,6 +136,24 @@ Tensor pack_conv(const Tensor& weight, std::string name) {
     }
   });
   return packed;
+}
+
+Tensor pack_conv(const Tensor& weight, std::string name) {
+  const ConvKind kind = kind_of(name);
+  const int64_t side = kind == ConvKind::kPointwise ? 1 : 3;
+  TORCH_CHECK(weight.dim() == 4 && weight.size(2) == side && weight.size(3) == side,
+              "snoopi: the weight of a ", name, " convolution must be [c_out c_in ", side, " ",
+              side, "], got ", weight.sizes());
+  TORCH_CHECK(weight.size(1) % kConvChannels == 0, "snoopi: c_in must be a multiple of ",
+              kConvChannels, ", got ", weight.size(1));
+  const at::ScalarType type = computing_type(weight.scalar_type());
+  TORCH_CHECK(conv_size(kind, weight.size(0), weight.size(1), type) > 0,
+              "snoopi: this processor's kernel packs no ", name, " convolution");
+  const Tensor plain = weight.to(type).contiguous();
+  const Tensor parts = type == at::kDouble     ? matrices<double, double>(plain, kind)
+                       : type == at::kBFloat16 ? matrices<at::BFloat16, float>(plain, kind)
+                                               : matrices<float, float>(plain, kind);
+  return pack_matrices(parts, kind, type);
 }
 
 // Where channels lie next to each other, pixel after pixel.
@@ -188,7 +193,9 @@ void run(const Conv& call, const Kernel& kernel) {
   const int64_t panels = at::divup(call.c_out, of_panel);
   const bool uneven = blocks < 4 * threads && blocks % threads != 0;
   const int64_t parts = uneven ? std::min(threads, panels) : 1;
-  const int64_t columns = at::divup(panels, parts) * of_panel;
+  // A gate is not parted from its value.
+  const int64_t of_part = at::divup(panels, parts) * of_panel;
+  const int64_t columns = call.geglu ? at::divup(of_part, 2 * of_panel) * 2 * of_panel : of_part;
   const int64_t work = block_h * block_w * positions_of(call.kind) * columns *
                        depth_of(call.kind, call.c_in);
   parallel(blocks * parts, work, [&](int64_t begin, int64_t end) {
@@ -237,6 +244,7 @@ Tensor conv(const Tensor& x, const Tensor& weight, std::string name, int64_t c_o
     }
     scales = scale->to(sums).contiguous(), shifts = shift->to(sums).contiguous();
     call.scale = scales.const_data_ptr(), call.shift = shifts.const_data_ptr();
+    call.norm_stride = c_in;
   }
   if (added.has_value()) {
     TORCH_CHECK(added->dim() == 2 && (added->size(0) == b || added->size(0) == 1) &&
@@ -257,6 +265,72 @@ Tensor conv(const Tensor& x, const Tensor& weight, std::string name, int64_t c_o
   call.out = out.mutable_data_ptr();
   if (kind == ConvKind::kPointwise) call.w *= call.h, call.h = 1;
   if (out.numel() > 0) run(call, kernel_for(type));
+  return out.scalar_type() == x.scalar_type() ? out : out.to(x.scalar_type());
+}
+
+// A Linear's weight [c_out c_in] for `linear`; geglu: its rows are values, then gates.
+Tensor pack_rows(const Tensor& weight, bool geglu) {
+  TORCH_CHECK(weight.dim() == 2, "snoopi: a weight must be [c_out c_in], got ", weight.sizes());
+  const at::ScalarType type = computing_type(weight.scalar_type());
+  const Kernel& kernel = kernel_for(type);
+  const int64_t c_out = weight.size(0), c_in = weight.size(1), pair = 2 * kernel.vector;
+  TORCH_CHECK(conv_size(ConvKind::kPointwise, c_out, c_in, type) > 0 &&
+                  (!geglu || c_out % pair == 0),
+              "snoopi: this processor's kernel packs no ", c_out, "x", c_in, " weight");
+  Tensor rows = weight.to(type).contiguous();
+  if (geglu) {  // [2 blocks vector c_in] -> [blocks 2 vector c_in]
+    rows = rows.view({2, c_out / pair, kernel.vector, c_in}).transpose(0, 1).contiguous();
+  }
+  return pack_matrices(rows.view({1, c_out, c_in}), ConvKind::kPointwise, type);
+}
+
+// act(norm(x) w^T + bias) + residual for rows x [.. c_in].
+Tensor linear(const Tensor& x, const Tensor& weight, int64_t c_out, const OptionalTensor& bias,
+              const OptionalTensor& gain, const OptionalTensor& offset, double eps, bool geglu,
+              const OptionalTensor& residual) {
+  const at::ScalarType type = computing_type(x.scalar_type()), sums = accumulator(type);
+  const Kernel& kernel = kernel_for(type);
+  const int64_t c_in = x.size(-1), rows = x.numel() / std::max<int64_t>(c_in, 1);
+  const int64_t size = conv_size(ConvKind::kPointwise, c_out, c_in, type);
+  TORCH_CHECK(weight.dim() == 1 && weight.size(0) == size && size > 0 &&
+                  weight.scalar_type() == at::kByte && weight.is_contiguous(),
+              "snoopi: a packed weight of ", c_in, " to ", c_out, " channels must be [", size,
+              "] bytes, got ", weight.sizes(), "; pack_rows makes it, for this processor");
+  const Tensor input = x.to(type).contiguous();
+  Conv call = {};
+  call.kind = ConvKind::kPointwise, call.b = 1, call.h = 1, call.w = rows;
+  call.c_in = c_in, call.c_out = c_out, call.geglu = geglu;
+  call.x = input.const_data_ptr();
+  call.weight = weight.const_data_ptr();
+  Tensor scales, shifts, sum, rest;
+  if (gain.has_value() && offset.has_value()) {
+    TORCH_CHECK(gain->numel() == c_in && offset->numel() == c_in, "snoopi: a norm must be [", c_in,
+                "], got ", gain->sizes(), " and ", offset->sizes());
+    scales = gain->to(sums).contiguous(), shifts = offset->to(sums).contiguous();
+    call.scale = scales.const_data_ptr(), call.shift = shifts.const_data_ptr();
+    call.by_pixel = true, call.eps = eps;
+  }
+  if (bias.has_value()) {
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == c_out, "snoopi: bias must be [", c_out,
+                "], got ", bias->sizes());
+    sum = bias->to(sums).contiguous();
+    if (geglu) {
+      const int64_t pair = 2 * kernel.vector;
+      sum = sum.view({2, c_out / pair, kernel.vector}).transpose(0, 1).contiguous();
+    }
+    call.added = sum.const_data_ptr();
+  }
+  at::DimVector sizes(x.sizes());
+  sizes.back() = geglu ? c_out / 2 : c_out;
+  const Tensor out = at::empty(sizes, x.options().dtype(type));
+  if (residual.has_value()) {
+    TORCH_CHECK(residual->sizes() == out.sizes() && !geglu, "snoopi: residual must be ",
+                out.sizes(), ", got ", residual->sizes());
+    rest = residual->to(type).contiguous();
+    call.residual = rest.const_data_ptr();
+  }
+  call.out = out.mutable_data_ptr();
+  if (out.numel() > 0) run(call, kernel);
   return out.scalar_type() == x.scalar_type() ? out : out.to(x.scalar_type());
 }
 
@@ -330,6 +404,8 @@ std::tuple<Tensor, Tensor> group_norm_fold(const Tensor& x, int64_t groups,
 TORCH_LIBRARY_IMPL(snoopi, CPU, m) {
   m.impl("conv", &snoopi::conv);
   m.impl("pack_conv", &snoopi::pack_conv);
+  m.impl("linear", &snoopi::linear);
+  m.impl("pack_rows", &snoopi::pack_rows);
   m.impl("group_norm_fold", &snoopi::group_norm_fold);
 }
 

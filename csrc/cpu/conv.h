@@ -46,14 +46,19 @@ inline int64_t depth_at(int64_t tap, int64_t taps, int64_t channel, int64_t chun
 }
 
 // out = conv(act(scale x + shift)) + added + residual. All pictures are [b h w c] contiguous; what
-// is null is left out.
+// is null is left out. by_pixel: every pixel's channels are first brought to mean 0 and variance 1.
+// geglu: of every 2 * `Kernel::vector` columns the first half is a value and the second its gate;
+// value * gelu(gate) leaves, c_out / 2 wide.
 struct Conv {
   ConvKind kind;
   int64_t b, h, w, c_in, c_out;  // of the input; 2h x 2w leave where it doubles
   const void* x;
-  const void* scale;  // [b c_in] and so shift, in the accumulator's type: a norm
+  const void* scale;  // [b|1 c_in] and so shift, in the accumulator's type: a norm
   const void* shift;
-  bool silu;
+  int64_t norm_stride;  // 0: one serves the whole batch
+  bool by_pixel;
+  double eps;
+  bool silu, geglu;
   const void* weight;    // positions, in each panels of [`conv_columns` depth] by `pack_linear`
   const void* added;     // [b|1 c_out] in the accumulator's type: bias, time embedding
   int64_t added_stride;  // 0: one serves the whole batch

@@ -20,6 +20,7 @@ struct ConvScratch {
   typename F::Acc* patch;  // [rows, columns, kConvChannels]: activated input
   typename F::Unit* a;     // [positions, tiles, stride]: rows of the products
   typename F::Acc* c;      // [tiles, c_stride]: products of a panel, all positions
+  typename F::Acc* moments;  // [patch, 2]: by_pixel's, as x * first + second
   int64_t tiles, stride, c_stride;
 };
 
@@ -49,6 +50,7 @@ int64_t lay_out(const Conv& call, int64_t tiles, int64_t patch, char* memory,
   take(&scratch->patch, patch * kConvChannels);
   take(&scratch->a, positions * scratch->tiles * scratch->stride);
   take(&scratch->c, scratch->tiles * scratch->c_stride);
+  take(&scratch->moments, call.by_pixel ? 2 * patch : 0);
   return used;
 }
 
@@ -91,12 +93,14 @@ inline void silu(Vec<typename F::Acc>* x) {
   for (int i = 0; i < kCount; ++i) x[i] *= (x[i] > 0 ? splat(Acc(1)) : e[i]) / (e[i] + 1);
 }
 
+enum class Norm { kNone, kChannel, kPixel };
+
 // A task's input, normalized and activated: channels [begin, end) of [rows, columns] pixels, in
 // parts of `chunk` channels that lie `chunk_stride` apart. A pixel's channels come in one go, since
 // that is how they lie in memory.
-template <typename F, bool kNorm, bool kSiLU, typename To>
-void fill_patch(const Conv& call, const ConvTask& task, int64_t begin, int64_t end, To* patch,
-                int64_t chunk, int64_t chunk_stride) {
+template <typename F, Norm kNorm, bool kSiLU, typename To>
+void fill_patch(const Conv& call, const ConvTask& task, int64_t begin, int64_t end,
+                const typename F::Acc* moments, To* patch, int64_t chunk, int64_t chunk_stride) {
   typedef typename F::T T;
   typedef typename F::Acc Acc;
   constexpr int kW = W<F>;
@@ -107,8 +111,12 @@ void fill_patch(const Conv& call, const ConvTask& task, int64_t begin, int64_t e
   const int64_t top = patch_begin(call.kind, task.y_begin);
   const int64_t left = patch_begin(call.kind, task.x_begin);
   const T* x = static_cast<const T*>(call.x) + task.b * call.h * call.w * call.c_in;
-  const Acc* scale = kNorm ? static_cast<const Acc*>(call.scale) + task.b * call.c_in : nullptr;
-  const Acc* shift = kNorm ? static_cast<const Acc*>(call.shift) + task.b * call.c_in : nullptr;
+  const Acc* scale = nullptr;
+  const Acc* shift = nullptr;
+  if constexpr (kNorm != Norm::kNone) {
+    scale = static_cast<const Acc*>(call.scale) + task.b * call.norm_stride;
+    shift = static_cast<const Acc*>(call.shift) + task.b * call.norm_stride;
+  }
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t y = top + i;
     for (int64_t j = 0; j < columns; ++j, patch += chunk) {
@@ -116,6 +124,10 @@ void fill_patch(const Conv& call, const ConvTask& task, int64_t begin, int64_t e
       const bool inside = y >= 0 && y < call.h && at >= 0 && at < call.w;
       const T* from = x + (y * call.w + at) * call.c_in;
       To* to = patch;
+      Vec<Acc> by_pixel[2] = {};
+      if constexpr (kNorm == Norm::kPixel) {
+        for (int k = 0; k < 2; ++k) by_pixel[k] = splat(moments[2 * (i * columns + j) + k]);
+      }
       for (int64_t c = begin; c < end; to += chunk_stride) {
         for (const int64_t stop = c + chunk; c < stop; c += kGroup * kW) {
           Vec<Acc> z[kGroup] = {};
@@ -123,7 +135,10 @@ void fill_patch(const Conv& call, const ConvTask& task, int64_t begin, int64_t e
 #pragma GCC unroll 4
             for (int v = 0; v < kGroup; ++v) {
               z[v] = widen_load(from + c + v * kW);
-              if constexpr (kNorm) z[v] = z[v] * load(scale + c + v * kW) + load(shift + c + v * kW);
+              if constexpr (kNorm == Norm::kPixel) z[v] = z[v] * by_pixel[0] + by_pixel[1];
+              if constexpr (kNorm != Norm::kNone) {
+                z[v] = z[v] * load(scale + c + v * kW) + load(shift + c + v * kW);
+              }
             }
             if constexpr (kSiLU) silu<F, kGroup>(z);
           }
@@ -136,13 +151,46 @@ void fill_patch(const Conv& call, const ConvTask& task, int64_t begin, int64_t e
 }
 
 template <typename F, typename To>
-void fill_patch(const Conv& call, const ConvTask& task, int64_t begin, int64_t end, To* patch,
-                int64_t chunk, int64_t chunk_stride) {
-  const auto fill = call.scale == nullptr ? call.silu ? fill_patch<F, false, true, To>
-                                                      : fill_patch<F, false, false, To>
-                    : call.silu ? fill_patch<F, true, true, To>
-                                : fill_patch<F, true, false, To>;
-  fill(call, task, begin, end, patch, chunk, chunk_stride);
+void fill_patch(const Conv& call, const ConvTask& task, int64_t begin, int64_t end,
+                const typename F::Acc* moments, To* patch, int64_t chunk, int64_t chunk_stride) {
+  const auto fill = call.by_pixel ? fill_patch<F, Norm::kPixel, false, To>
+                    : call.scale == nullptr
+                        ? call.silu ? fill_patch<F, Norm::kNone, true, To>
+                                    : fill_patch<F, Norm::kNone, false, To>
+                    : call.silu ? fill_patch<F, Norm::kChannel, true, To>
+                                : fill_patch<F, Norm::kChannel, false, To>;
+  fill(call, task, begin, end, moments, patch, chunk, chunk_stride);
+}
+
+// x * first + second has mean 0 and variance 1 over a pixel's channels; of a kPointwise task.
+template <typename F>
+void pixel_moments(const Conv& call, const ConvTask& task, typename F::Acc* moments) {
+  typedef typename F::T T;
+  typedef typename F::Acc Acc;
+  constexpr int kW = W<F>;
+  const T* x = static_cast<const T*>(call.x) + (task.b * call.w + task.x_begin) * call.c_in;
+  const auto total = [](Vec<Acc> sum) {
+    Acc all = 0;
+    for (int lane = 0; lane < kW; ++lane) all += sum[lane];
+    return all;
+  };
+  for (int64_t i = task.x_begin; i < task.x_end; ++i, x += call.c_in, moments += 2) {
+    Vec<Acc> sum = {}, more = {};
+    for (int64_t c = 0; c < call.c_in; c += 2 * kW) {
+      sum += widen_load(x + c);
+      more += widen_load(x + c + kW);
+    }
+    const Acc mean = total(sum + more) / static_cast<Acc>(call.c_in);
+    Vec<Acc> squares = {}, others = {};
+    for (int64_t c = 0; c < call.c_in; c += 2 * kW) {
+      const Vec<Acc> y = widen_load(x + c) - mean, z = widen_load(x + c + kW) - mean;
+      squares += y * y;
+      others += z * z;
+    }
+    const Acc variance = total(squares + others) / static_cast<Acc>(call.c_in);
+    moments[0] = 1 / square_root(variance + static_cast<Acc>(call.eps));
+    moments[1] = -mean * moments[0];
+  }
 }
 
 // B^T d of Winograd's transformation for four vectors; kDoubled: of d0 d1 d1 d2, whose third is 0.
@@ -231,6 +279,45 @@ inline Vec<Acc> widen_load(const T* from, int64_t count) {
   return widen_load(lanes);
 }
 
+// x 0.5 (1 + erf(x / sqrt 2)); erf by formula 7.1.26 of Abramowitz and Stegun, within 1.5e-7.
+inline VecF gelu(VecF x) {
+  const VecF y = greater(x, -x) * 0.70710678f;  // |x| / sqrt 2
+  VecF e[1] = {y * y * static_cast<float>(-kLog2E)};
+  exp2_nonpositive<true, 1>(e);
+  const VecF t = 1.0f / (y * 0.3275911f + 1.0f);
+  VecF p = t * 1.061405429f - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const VecF below = p * t * e[0] * 0.5f;  // of -|x|: 0.5 (1 - erf)
+  return x * (x > 0 ? 1.0f - below : below);
+}
+inline VecD gelu(VecD x) {
+  for (int i = 0; i < kWidth<double>; ++i) {
+    x[i] *= 0.5 * (1 + __builtin_erf(x[i] * 0.70710678118654752440));
+  }
+  return x;
+}
+
+// The pair of vectors that begins at column j, value and gate, of all pixels of a pointwise task.
+template <typename F>
+void leave_gated(const Conv& call, const ConvTask& task, int64_t j, const typename F::Acc* value,
+                 const typename F::Acc* gate, int64_t stride) {
+  typedef typename F::T T;
+  typedef typename F::Acc Acc;
+  constexpr int kW = W<F>;
+  const int64_t width = call.c_out / 2;
+  T* out = static_cast<T*>(call.out) + (task.b * call.w + task.x_begin) * width + j / 2;
+  const Acc* added = static_cast<const Acc*>(call.added) + task.b * call.added_stride + j;
+  const bool adds = call.added != nullptr;
+  const Vec<Acc> of_value = adds ? load(added) : Vec<Acc>{};
+  const Vec<Acc> of_gate = adds ? load(added + kW) : Vec<Acc>{};
+  for (int64_t i = task.x_begin; i < task.x_end; ++i, out += width) {
+    narrow_store((load(value) + of_value) * gelu(load(gate) + of_gate), out);
+    value += stride, gate += stride;
+  }
+}
+
 // Columns [j, j + columns) of the output pixels of all tiles from their products.
 template <typename F, ConvKind kKind>
 void leave(const Conv& call, const ConvTask& task, int64_t j, int64_t columns,
@@ -243,6 +330,11 @@ void leave(const Conv& call, const ConvTask& task, int64_t j, int64_t columns,
   constexpr int kOut = kTransforms ? 2 : 1;
   constexpr int64_t kDouble = kKind == ConvKind::kDoubled ? 2 : 1;
   const int64_t h = call.h * kDouble, w = call.w * kDouble;
+  if constexpr (kKind == ConvKind::kPointwise) {
+    if (call.geglu) {
+      return leave_gated<F>(call, task, j, scratch.c, scratch.c + kW, scratch.c_stride);
+    }
+  }
   const int64_t batch = task.b * h * w * call.c_out + j;
   T* out = static_cast<T*>(call.out) + batch;
   const T* residual = static_cast<const T*>(call.residual) + batch;
@@ -317,8 +409,10 @@ void convolve(const Conv& call, const ConvTask& task, const ConvScratch<F>& scra
   const int64_t depth = depth_of(kKind, call.c_in), units = depth_units<F>(depth);
   const int64_t tiles = (task.y_end - task.y_begin) * (task.x_end - task.x_begin);
   const int64_t matrix = packed_units<F>(call.c_out, depth);  // of one position
+  if (call.by_pixel) pixel_moments<F>(call, task, scratch.moments);
   for (int64_t channel = 0; channel < call.c_in; channel += kConvChannels) {
-    fill_patch<F>(call, task, channel, channel + kConvChannels, scratch.patch, kConvChannels, 0);
+    fill_patch<F>(call, task, channel, channel + kConvChannels, scratch.moments, scratch.patch,
+                  kConvChannels, 0);
     fill_rows<F, kKind>(task, channel, call.c_in, scratch);
   }
   const typename F::Unit* weight = static_cast<const typename F::Unit*>(call.weight);
@@ -359,7 +453,9 @@ void run_conv(const Conv& call, const ConvTask& task, void* memory) {
   lay_out(call, height * width, patch, static_cast<char*>(memory), &scratch);
   switch (call.kind) {
     case ConvKind::kPointwise:
+#if !defined(SNOOPI_AMX)
       return convolve<F, ConvKind::kPointwise>(call, task, scratch);
+#endif
     case ConvKind::kDirect:
 #if !defined(SNOOPI_AMX)
       return convolve<F, ConvKind::kDirect>(call, task, scratch);

@@ -14,7 +14,7 @@ namespace snoopi {
 namespace {
 
 inline bool by_tiles(ConvKind kind) {
-  return kind == ConvKind::kDirect || kind == ConvKind::kPhased;
+  return kind == ConvKind::kDirect || kind == ConvKind::kPhased || kind == ConvKind::kPointwise;
 }
 
 constexpr int kGroupTiles = 4;
@@ -26,10 +26,15 @@ struct Pixels {
   int64_t tiles;
   bool whole;  // a row of pixels is whole tiles; else tiles run on over the border
 
-  Pixels(int64_t height, int64_t width)
-      : columns(width + 2),
-        tiles(0),
-        whole(width % kTileRows == 0) {
+  Pixels(ConvKind kind, int64_t height, int64_t width)
+      : columns(width + 2), tiles(0), whole(width % kTileRows == 0) {
+    if (kind == ConvKind::kPointwise) {  // one row without a border
+      columns = width;
+      whole = false;
+      tiles = (width + kTileRows - 1) / kTileRows;
+      count = tiles * kTileRows;
+      return;
+    }
     const int64_t pixels = whole ? height * width : height * columns - 2;
     tiles = (pixels + kTileRows - 1) / kTileRows;
     count = (height + 2) * columns + kTileRows;
@@ -44,7 +49,19 @@ struct Pixels {
 struct TileScratch {
   BFloat16* patch;  // [chunks, pixels, chunk]
   float* sums;      // [tiles, columns of a task / 16, 16, 16]
+  float* moments;   // [pixels, 2]: see ConvScratch
 };
+
+// Channels at a time. Their depth of all taps is one run of sums, so that they should be many; but
+// the pixels of a group of tiles and a tile of columns are to stay in the first cache.
+inline int64_t channels_at_once(ConvKind kind, int64_t c_in) {
+  if (kind != ConvKind::kPointwise) return chunk_of(c_in);
+  int64_t most = kConvChannels;
+  for (int64_t c = kConvChannels; c <= 320; c += kConvChannels) {
+    if (c_in % c == 0) most = c;
+  }
+  return most;
+}
 
 inline int64_t lay_out(const Conv& call, const Pixels& pixels, char* memory,
                        TileScratch* scratch) {
@@ -52,7 +69,9 @@ inline int64_t lay_out(const Conv& call, const Pixels& pixels, char* memory,
   const int64_t vectors = (call.c_out + kTileUnits - 1) / kTileUnits;
   scratch->patch = reinterpret_cast<BFloat16*>(memory);
   scratch->sums = reinterpret_cast<float*>(memory + patch);
-  return patch + pixels.tiles * vectors * kTileRows * kTileUnits * 4;
+  const int64_t sums = pixels.tiles * vectors * kTileRows * kTileUnits * 4;
+  scratch->moments = reinterpret_cast<float*>(memory + patch + sums);
+  return patch + sums + (call.by_pixel ? round_up(pixels.count * 8, 64) : 0);
 }
 
 // 64 pixels by 16 columns, or fewer pixels: sums += pixels * weights over a chunk's taps. Beside
@@ -117,6 +136,18 @@ inline void leave_tiles(const Conv& call, const ConvTask& task, const Pixels& pi
   if (residual != nullptr) residual += batch;
   const float* added = static_cast<const float*>(call.added);
   if (added != nullptr) added += task.b * call.added_stride + task.j_begin;
+  if (call.geglu) {
+    for (int64_t t = 0; t < pixels.tiles; ++t) {
+      ConvTask part = task;
+      part.x_begin += t * kTileRows;
+      if (part.x_begin + kTileRows < part.x_end) part.x_end = part.x_begin + kTileRows;
+      for (int64_t v = 0; v < vectors; v += 2) {
+        const float* tile = sums + (t * vectors + v) * kTileRows * kW;
+        leave_gated<Paired>(call, part, task.j_begin + v * kW, tile, tile + kTileRows * kW, kW);
+      }
+    }
+    return;
+  }
   for (int64_t t = 0; t < pixels.tiles; ++t) {
     const float* tile = sums + t * vectors * kTileRows * kW;
     int64_t row = pixels.begin(t, width) / pixels.columns;
@@ -139,11 +170,12 @@ inline void leave_tiles(const Conv& call, const ConvTask& task, const Pixels& pi
 
 inline void convolve_tiles(const Conv& call, const ConvTask& task, void* memory) {
   const int64_t height = task.y_end - task.y_begin, width = task.x_end - task.x_begin;
-  const Pixels pixels(height, width);
+  const Pixels pixels(call.kind, height, width);
   TileScratch scratch = {};
   lay_out(call, pixels, static_cast<char*>(memory), &scratch);
-  const int64_t chunk = chunk_of(call.c_in), of_chunk = pixels.count * chunk;
-  fill_patch<Paired>(call, task, 0, call.c_in, scratch.patch, chunk, of_chunk);
+  const int64_t chunk = channels_at_once(call.kind, call.c_in), of_chunk = pixels.count * chunk;
+  if (call.by_pixel) pixel_moments<Paired>(call, task, scratch.moments);
+  fill_patch<Paired>(call, task, 0, call.c_in, scratch.moments, scratch.patch, chunk, of_chunk);
   const int64_t taps = taps_of(call.kind), depth = depth_of(call.kind, call.c_in);
   const int64_t units = depth_units<Paired>(depth), panel = units * kTileUnits;
   const int64_t matrix = packed_units<Paired>(call.c_out, depth);
@@ -192,7 +224,7 @@ inline int64_t tiles_bytes(const Conv& call, int64_t height, int64_t width) {
   int64_t most = 0;
   TileScratch scratch = {};
   for (int64_t w = 1; w <= width; ++w) {
-    const int64_t bytes = lay_out(call, Pixels(height, w), nullptr, &scratch);
+    const int64_t bytes = lay_out(call, Pixels(call.kind, height, w), nullptr, &scratch);
     if (bytes > most) most = bytes;
   }
   return most;
@@ -201,6 +233,7 @@ inline int64_t tiles_bytes(const Conv& call, int64_t height, int64_t width) {
 // Most pixels of a task: the more, the less often weights stream past; but patch and sums are to
 // stay in the second cache.
 inline int64_t most_pixels(const Conv& call) {
+  if (call.kind == ConvKind::kPointwise) return 128;
   return call.c_in <= 640 && call.c_out <= 640 ? 256 : 128;
 }
 

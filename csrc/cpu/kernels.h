@@ -21,6 +21,7 @@ struct Kernel {
   int64_t most_rows;  // of a task
   int64_t (*scratch_bytes)(const Attention&);
   void (*run)(const Attention&, const Task&, void* scratch);
+  int64_t vector;      // elements
   int64_t block_rows;  // of a product: other numbers of rows cost as much as the next multiple
   ConvKind (*conv_kind)(bool doubled, int64_t c_out, int64_t c_in);
   int64_t (*conv_columns)(ConvKind);

@@ -23,6 +23,8 @@ PACK_LINEAR = "snoopi::pack_linear"
 CONV = "snoopi::conv"
 PACK_CONV = "snoopi::pack_conv"
 GROUP_NORM_FOLD = "snoopi::group_norm_fold"
+LINEAR = "snoopi::linear"
+PACK_ROWS = "snoopi::pack_rows"
 _NUM_NASA_TENSORS = 13
 _NUM_TWIN_TENSORS = 7
 
@@ -67,6 +69,15 @@ torch.library.define(
 )
 torch.library.define(
     PACK_CONV, "(Tensor weight, str kind) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+torch.library.define(
+    LINEAR,
+    "(Tensor x, Tensor weight, int c_out, Tensor? bias, Tensor? gain, Tensor? offset, float eps, "
+    "bool geglu, Tensor? residual) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    PACK_ROWS, "(Tensor weight, bool geglu) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
 torch.library.define(
     GROUP_NORM_FOLD,
