@@ -125,11 +125,29 @@ class Conditioning:
             return self
         if len(self) != 1:
             raise ValueError(f"cannot expand a conditioning of {len(self)} rows to {batch}")
-        return self.map(lambda x: x.expand(batch, *x.shape[1:]))
+
+        def rows(x: Tensor) -> Tensor:
+            return x.expand(batch, *x.shape[1:])
+
+        text = self.map(rows)
+        if self.kv is None:
+            return text
+        packs = [kv[0] for kv in self.kv.layers]
+        return text._filled(
+            [None if kv is None else TextPack(rows(kv.k), rows(kv.v), text.mask) for kv in packs]
+        )
+
+    def _filled(self, packs: Sequence[TextPack | None]) -> Conditioning:
+        """With the K/V of the text alone, by layer."""
+        layers = tuple((kv, None, None) for kv in packs)
+        return replace(self, kv=TextKV(self.sources(), layers))
 
 
 def concat(parts: Sequence[Conditioning]) -> Conditioning:
-    """Plain conditionings stacked along the batch; lengths and masks must agree in kind."""
+    """Plain conditionings stacked along the batch; lengths and masks must agree in kind.
+
+    K/V are stacked where all parts have them, else left out.
+    """
 
     def join(name: str) -> Tensor | None:
         values = [getattr(part, name) for part in parts]
@@ -143,7 +161,20 @@ def concat(parts: Sequence[Conditioning]) -> Conditioning:
         raise ValueError("cannot stack conditionings that carry a negative")
     names = ("mask", "pooled", "size_ids", "guidance_embed")
     values: dict[str, Any] = {name: join(name) for name in names}
-    return Conditioning(torch.cat([part.tokens for part in parts]), **values)
+    text = Conditioning(torch.cat([part.tokens for part in parts]), **values)
+    filled = [part.kv.layers for part in parts if part.kv is not None]
+    if len(filled) < len(parts):
+        return text
+    packs = [[kv[0] for kv in layer] for layer in zip(*filled, strict=True)]
+    return text._filled([_stack(layer, text.mask) for layer in packs])
+
+
+def _stack(packs: Sequence[TextPack | None], mask: Tensor | None) -> TextPack | None:
+    """K/V of a layer for several texts along the batch, unpacked: what plain attention reads."""
+    made = [kv for kv in packs if kv is not None]
+    if len(made) < len(packs):
+        return None
+    return TextPack(torch.cat([kv.k for kv in made]), torch.cat([kv.v for kv in made]), mask)
 
 
 # --- pytrees --------------------------------------------------------------------------------------

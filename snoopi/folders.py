@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from snoopi import lora
+from snoopi import lora, memory
 from snoopi.errors import writing
 from snoopi.tokenize import Tokenizer
 from snoopi.zoo import ModelSpec, ToolSpec, build, text_part
@@ -62,8 +62,47 @@ def read_tools(folder: Path) -> tuple[ToolSpec, dict[str, Any]]:
     return _read(folder, ToolSpec, "tools (networks that measure)", "snoopi.load")
 
 
+def read_vae(folder: Path, spec: ModelSpec) -> Any:
+    """The config of the VAE in another folder, a model's or TAESD's, for a model of `spec`.
+
+    Raises ValueError for a folder without a VAE, or of latents that are not the model's.
+    """
+    if _kind(_json(folder)) == "ToolSpec":
+        config = read_tools(folder)[0].parts().get("vae")
+    else:
+        config = read_spec(folder)[0].vae
+    if config is None or not weights_path(folder, "vae").is_file():
+        raise ValueError(f"{folder} holds no VAE: expected {weights_path(folder, 'vae').name}")
+    expected, got = ((vae.latent_channels, vae.factor) for vae in (spec.vae, config))
+    if expected != got:
+        raise ValueError(
+            f"the VAE of {folder} does not fit {spec.arch}: expected latents of {expected[0]} "
+            f"channels at 1/{expected[1]} of the size, got {got[0]} at 1/{got[1]}"
+        )
+    return config
+
+
 def _read(folder: Path, kind: Any, what: str, other: str) -> tuple[Any, dict[str, Any]]:
     """The spec of one kind and the provenance; `other` is the function that reads the other."""
+    data = _json(folder)
+    provenance = data.get("provenance") or {}
+    if not isinstance(provenance, dict):
+        raise ValueError(
+            f"{folder / SPEC_FILE}: provenance must be an object, got {provenance!r:.80}"
+        )
+    got = _kind(data)
+    if got in ("ModelSpec", "ToolSpec") and got != kind.__name__:
+        raise ValueError(
+            f"{folder} holds no {what}: expected a {kind.__name__}, got a {got}; {other} reads it"
+        )
+    try:
+        return parse_spec(kind, data.get("model")), provenance
+    except (ValueError, ArithmeticError) as error:  # a config divides by its own numbers
+        raise ValueError(f"{folder / SPEC_FILE}: {error}") from error
+
+
+def _json(folder: Path) -> dict[str, Any]:
+    """What is in a folder's snoopi.json; ValueError if it is no such file of our format."""
     path = folder / SPEC_FILE
     if not path.is_file():
         found = f"holds no {SPEC_FILE}" if folder.is_dir() else "does not exist"
@@ -75,19 +114,13 @@ def _read(folder: Path, kind: Any, what: str, other: str) -> tuple[Any, dict[str
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"{path} is not of format {FORMAT}")
-    provenance = data.get("provenance") or {}
-    if not isinstance(provenance, dict):
-        raise ValueError(f"{path}: provenance must be an object, got {provenance!r:.80}")
+    return data
+
+
+def _kind(data: dict[str, Any]) -> Any:
+    """Which spec a snoopi.json holds, as it says."""
     model = data.get("model")
-    got = model.get("kind") if isinstance(model, dict) else None
-    if got in ("ModelSpec", "ToolSpec") and got != kind.__name__:
-        raise ValueError(
-            f"{folder} holds no {what}: expected a {kind.__name__}, got a {got}; {other} reads it"
-        )
-    try:
-        return parse_spec(kind, model), provenance
-    except (ValueError, ArithmeticError) as error:  # a config divides by its own numbers
-        raise ValueError(f"{path}: {error}") from error
+    return model.get("kind") if isinstance(model, dict) else None
 
 
 def parse_spec(kind: Any, data: Any) -> Any:
@@ -236,21 +269,30 @@ def load_weights(
 ) -> nn.Module:
     """Fill a meta network from a safetensors file, strictly: every key used, every shape equal.
 
-    dtype: of floating-point weights; None keeps each one's. widen: fp16 becomes fp32.
+    dtype: of floating-point weights; None keeps each one's. widen: fp16 becomes fp32. Tensors stay
+    mapped where that changes nothing; others are converted one by one, so the most memory is that
+    of the network as it will be and one tensor.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+            _check_fits(net, path, {name: _header(file.get_slice(name)) for name in names})
+            state = {name: _converted(file.get_tensor(name), dtype, widen) for name in names}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    found = {k: (list(v.shape), v.is_floating_point(), v.dtype) for k, v in state.items()}
-    _check_fits(net, path, found)
-    if dtype is not None:
-        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-    if widen:
-        state = {k: v.float() if v.dtype == torch.float16 else v for k, v in state.items()}
     net.load_state_dict(state, assign=True)
     return net
+
+
+def _converted(stored: Tensor, dtype: torch.dtype | None, widen: bool) -> Tensor:
+    """A mapped tensor as it is, or converted; then its pages of the file are not kept."""
+    if dtype is None and widen and stored.dtype == torch.float16:
+        dtype = torch.float32
+    if dtype in (None, stored.dtype) or not stored.is_floating_point():
+        return stored
+    made = stored.to(dtype)
+    memory.drop_pages(stored)
+    return made
 
 
 # safetensors' names of types, in torch's words.

@@ -6,6 +6,7 @@ python -m snoopi.generate MODEL "prompt" [--negative TEXT] --out FILE.png
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 import warnings
@@ -16,13 +17,19 @@ from snoopi import errors
 
 if __name__ == "__main__":
     errors.leave_on_signals("snoopi.generate")  # the imports below take seconds
+    gc.disable()  # they make a million objects that stay: looking through them takes 0.15 s
 
 import torch
 
 from snoopi.folders import shipped_or_path
 from snoopi.pictures import save_png
 from snoopi.pipeline import MODES, Pipeline, load
+from snoopi.tiles import check_tile
 from snoopi.tokenize import PromptCut
+
+if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -41,7 +48,14 @@ def _generate(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no CUDA device")
     size = _size(options.size)
-    pipeline = load(shipped_or_path(options.model), options.device, DTYPES.get(options.dtype or ""))
+    check_tile(options.tile)
+    pipeline = load(
+        shipped_or_path(options.model),
+        options.device,
+        DTYPES.get(options.dtype or ""),
+        options.optimize,
+        vae=None if options.vae is None else shipped_or_path(options.vae),
+    )
     _warn_about_words(pipeline, [options.prompt, options.negative or ""])
     started = time.monotonic()
     with warnings.catch_warnings():
@@ -55,6 +69,7 @@ def _generate(options: argparse.Namespace) -> None:
             seed=options.seed,
             num=options.num,
             size=size,
+            tile=options.tile,
         )
     seconds = time.monotonic() - started
     for path, picture in zip(_names(options.out, options.num), pictures, strict=True):
@@ -125,8 +140,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of the starting noise")
     add("--num", type=int, default=1, metavar="K", help="number of pictures")
     add("--size", metavar="HxW", help="size in pixels; None: the model's")
+    add("--tile", type=int, metavar="N", help="decode in tiles of N latent pixels; None: whole")
+    add("--vae", metavar="FOLDER", help="take the VAE of another model folder, or TAESD's")
     add("--dtype", choices=list(DTYPES), help="compute type; None: as stored")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
+    add("--optimize", choices=("auto", "none"), default="auto", help="pack weights for speed")
     add("--out", type=Path, required=True, metavar="FILE.png", help="the picture to write")
     return parser
 

@@ -8,7 +8,8 @@ pipeline says what is missing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from snoopi import memory
+from snoopi import optimize as packing
 from snoopi.conditioning import Conditioning
 from snoopi.folders import (
     defer_part,
@@ -23,6 +26,7 @@ from snoopi.folders import (
     load_part,
     load_tokenizer,
     read_spec,
+    read_vae,
     replacing,
     write_networks,
 )
@@ -31,6 +35,8 @@ from snoopi.noise import Noise
 from snoopi.pictures import to_uint8
 from snoopi.samplers import grid, one_step, sample
 from snoopi.schedule import Schedule
+from snoopi.texts import RecentTexts, Text, guided
+from snoopi.tiles import check_tile, decode_tiled
 from snoopi.tokenize import Tokenizer
 from snoopi.zoo import ModelSpec, TextSpec, text_part
 
@@ -84,6 +90,7 @@ class Pipeline:
         self.tokenizers = list(tokenizers) or [None] * len(spec.text)
         self.provenance = dict(provenance or {})
         self.folder: Path | None = None
+        self._recent: RecentTexts | None = None  # after `optimize`
 
     @torch.no_grad()
     def __call__(
@@ -96,6 +103,7 @@ class Pipeline:
         seed: int = 0,
         num: int = 1,
         size: tuple[int, int] | None = None,
+        tile: int | None = None,
     ) -> list[Image.Image]:
         """Pictures of one prompt or of a list of prompts, `num` of each, prompt by prompt.
 
@@ -107,9 +115,12 @@ class Pipeline:
         gives every network call its own (pndm: one more than steps); under a guidance of attention
         a strength may be a tensor of one per cross-attention in forward order [layers].
         steps: None is the recipe's of a one-step model (mostly one), else the model's default.
-        size: (height, width) in pixels. Picture i of a prompt uses noise i of `seed`, whatever
-        the batch. Raises ValueError for what it cannot do.
+        size: (height, width) in pixels. tile: decode pictures that are larger than so many latent
+        pixels in tiles of that side, in the memory of one (see `decode_tiled`); None: as a whole.
+        Picture i of a prompt uses noise i of `seed`, whatever the batch. Raises ValueError for what
+        it cannot do.
         """
+        check_tile(tile)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise ValueError("give at least one prompt, got an empty list")
@@ -128,7 +139,7 @@ class Pipeline:
         def noise(step: int) -> Tensor:
             return Noise(seed).normal("sampler", step, indices, tuple(z.shape[1:])).to(z)
 
-        x = self.pictures(prompts, z, negatives, guidance, scale, steps, noise)
+        x = self.pictures(prompts, z, negatives, guidance, scale, steps, noise, tile)
         return [Image.fromarray(row) for row in to_uint8(x)]
 
     def noise(
@@ -152,15 +163,20 @@ class Pipeline:
         scale: Scale = None,
         steps: int | None = None,
         noise: Callable[[int], Tensor] | None = None,
+        tile: int | None = None,
     ) -> Tensor:
         """Pictures [b 3 H W] in [-1, 1] from prompts and starting noise z [b c h w].
 
-        noise(i): fresh N(0, 1) in z's shape for step i of a sampler that adds noise.
+        noise(i): fresh N(0, 1) in z's shape for step i of a sampler that adds noise. tile: as in a
+        call.
         """
+        check_tile(tile)
         self._complete()
         assert self.vae is not None
         x0 = self.latents(prompts, z, negatives, guidance, scale, steps, noise)
-        return self.vae.decode(x0.to(self._dtype(self.vae))).float().clamp(-1, 1)
+        x0 = x0.to(self._dtype(self.vae))
+        x = self.vae.decode(x0) if tile is None else decode_tiled(self.vae, x0, tile)
+        return x.float().clamp(-1, 1)
 
     @torch.no_grad()
     def latents(
@@ -184,14 +200,15 @@ class Pipeline:
         plan = self._plan(steps)
         scales = self._scales(guidance, scale, plan)
         negatives = list(negatives or [None] * len(prompts))
+        self._check_recent()
         null, kappas = None, [self.spec.kappa] * len(scales)
         if guidance == "cfg":
             kappas = [float(scale) for scale in scales]
         if guidance == "cfg" and any(kappa != 1 for kappa in kappas):
-            null = self._unconditional(negatives)
+            null = self._filled(self._unconditional(negatives))
         elif guidance in self._over_cfg():
-            null = self.null()
-        conds = self.conditions(prompts, negatives, guidance, scales)
+            null = self._filled(self._null())
+        conds = self._conditions(prompts, negatives, guidance, scales)
         conds = [self._sized(cond, z.shape[2:]) for cond in conds]
         null = None if null is None else self._sized(null, z.shape[2:])
         backbone = self.backbone
@@ -291,28 +308,74 @@ class Pipeline:
         scales: Sequence[Strength],
     ) -> list[Conditioning]:
         """`condition` at several strengths; the texts are read, and their K/V made, once."""
-        cond = self.encode(prompts)
+        self._check_recent()
+        return self._conditions(prompts, negatives, guidance, scales)
+
+    def _conditions(
+        self,
+        prompts: Sequence[str],
+        negatives: Sequence[str | None],
+        guidance: str,
+        scales: Sequence[Strength],
+    ) -> list[Conditioning]:
+        text = self._text("prompts", prompts, lambda: self.encode(prompts))
         if guidance in ("cfg", "none") or not any(negatives):
-            return [cond] * len(scales)
+            return [self._filled(text)] * len(scales)
         shared = len(set(negatives)) == 1
-        texts = negatives[:1] if shared else negatives
-        neg = self.encode([n or "" for n in texts])
+        texts = tuple(negatives[:1] if shared else negatives)
+        used = torch.tensor([bool(n) for n in texts], device=text.cond.tokens.device)
         if guidance == "embed-sub":
-            used = torch.tensor([bool(n) for n in texts], device=cond.tokens.device)
+            neg = self.encode([n or "" for n in texts])
             read = _attend_where(neg, used).mask  # padding that nothing reads is no text either
             assert read is not None
             away = torch.where(read[..., None], neg.tokens, 0)
+            cond = text.cond
             return [dataclasses.replace(cond, tokens=cond.tokens - s * away) for s in scales]
-        how = METHODS[guidance]
-        null = self.null() if how.needs_null else None
-        if not all(texts):
-            used = torch.tensor([bool(n) for n in texts], device=cond.tokens.device)
-            neg = _attend_where(neg, used)
-            null = None if null is None else _attend_where(null.expand(len(texts)), used)
-        cond = dataclasses.replace(cond, negative=neg, null=null, guidance=how)
-        assert self.backbone is not None
-        cond = self.backbone.text_kv(cond)
+
+        def where_used(found: Conditioning) -> Conditioning:
+            return found if all(texts) else _attend_where(found.expand(len(texts)), used)
+
+        negative = self._text(
+            "negatives", texts, lambda: where_used(self.encode([n or "" for n in texts]))
+        )
+        how, null = METHODS[guidance], None
+        if how.needs_null:
+            given = tuple(map(bool, texts))
+            null = self._text("nulls", given, lambda: where_used(self.null()))
+        cond = guided(self.backbone, text, negative, null, how)
         return [dataclasses.replace(cond, guidance=with_strength(how, s)) for s in scales]
+
+    def _text(
+        self, kind: str, texts: Sequence[str | bool | None], make: Callable[[], Conditioning]
+    ) -> Text:
+        """A text that is made by make(), or one of the recent ones; its kind and texts name it."""
+        if self._recent is None:
+            return Text(make())
+        return self._recent.get((kind, *texts), make)
+
+    def _filled(self, text: Text) -> Conditioning:
+        """A text alone, with its K/V where texts are kept: there the backbone is not sharded."""
+        if self._recent is None or torch.is_grad_enabled():
+            return text.cond
+        return text.filled(self.backbone)
+
+    def _null(self) -> Text:
+        return self._text("null", (), self.null)
+
+    def _check_recent(self) -> None:
+        """Forget the texts of networks that have changed."""
+        if self._recent is not None:
+            parts = (self.backbone, *self.text_encoders)
+            self._recent.check([net for net in parts if net is not None], self.tokenizers)
+
+    def forget(self) -> None:
+        """Forget the texts that were read, after a change that torch does not count.
+
+        Weights that are replaced or changed in place are noticed; writes through `.data`, hooks and
+        tensors of inference_mode are not.
+        """
+        if self._recent is not None:
+            self._recent.clear()
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Text features of prompts: every encoder's output side by side, and the pooled text.
@@ -351,20 +414,24 @@ class Pipeline:
         """The unconditional text, batch 1: the encoded empty prompt, or zeros."""
         return null_text(self.encode([""]), self.spec.null)
 
-    def _unconditional(self, negatives: Sequence[str | None]) -> Conditioning:
+    def _unconditional(self, negatives: Sequence[str | None]) -> Text:
         """What CFG leads away from: each prompt's negative, the null text where it has none."""
         if not any(negatives):
-            return self.null()
-        texts = self.encode([n or "" for n in negatives])
-        if self.spec.null == "encoded" or all(negatives):
-            return texts
-        null = self.null()
-        used = torch.tensor([bool(n) for n in negatives], device=texts.tokens.device)
-        tokens = torch.where(used[:, None, None], texts.tokens, null.tokens)
-        pooled = texts.pooled
-        if pooled is not None and null.pooled is not None:
-            pooled = torch.where(used[:, None], pooled, null.pooled)
-        return dataclasses.replace(texts, tokens=tokens, pooled=pooled)
+            return self._null()
+
+        def make() -> Conditioning:
+            texts = self.encode([n or "" for n in negatives])
+            if self.spec.null == "encoded" or all(negatives):
+                return texts
+            null = self.null()
+            used = torch.tensor([bool(n) for n in negatives], device=texts.tokens.device)
+            tokens = torch.where(used[:, None, None], texts.tokens, null.tokens)
+            pooled = texts.pooled
+            if pooled is not None and null.pooled is not None:
+                pooled = torch.where(used[:, None], pooled, null.pooled)
+            return dataclasses.replace(texts, tokens=tokens, pooled=pooled)
+
+        return self._text("away", negatives, make)
 
     def _default_scale(self, guidance: str) -> float:
         if guidance == "cfg" and self.spec.one_step is None:
@@ -387,10 +454,49 @@ class Pipeline:
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Pipeline:
         """Move every network that has memory, in place; returns the pipeline."""
-        for net in (self.backbone, self.vae, *self.text_encoders):
-            if net is not None and not is_deferred(net):
+        self.forget()
+        with self._plain():
+            for net in self._present():
                 net.to(device=device, dtype=dtype)
         return self
+
+    def optimize(self) -> Pipeline:
+        """Make the pipeline fast for inference, in place; pictures change by rounding at most.
+
+        Its networks are frozen and their weights packed (snoopi.optimize), the last texts are kept
+        with their K/V, and this process keeps freed memory (snoopi.memory.keep_freed: for all of
+        it, not for this pipeline alone). Returns the pipeline.
+        """
+        for net in self._present():
+            packing.optimize(net.requires_grad_(False))
+        self._recent = RecentTexts()
+        memory.keep_freed()
+        return self
+
+    def restore(self) -> Pipeline:
+        """Undo `optimize`, but that networks stay frozen; returns the pipeline."""
+        for net in self._present():
+            packing.restore(net)
+        self._recent = None
+        memory.give_back()
+        return self
+
+    @contextmanager
+    def _plain(self) -> Iterator[None]:
+        """Within it the weights of an optimized pipeline are plain ones; then they are packed."""
+        nets = [] if self._recent is None else self._present()
+        for net in nets:
+            packing.restore(net)
+        try:
+            yield
+        finally:
+            for net in nets:
+                packing.optimize(net)
+
+    def _present(self) -> list[nn.Module]:
+        """The networks that have memory."""
+        nets = (self.backbone, self.vae, *self.text_encoders)
+        return [net for net in nets if net is not None and not is_deferred(net)]
 
     def save(self, folder: Path | str, dtype: torch.dtype | None = None) -> Path:
         """Write the model folder atomically: all of it appears at once, or nothing changes.
@@ -399,7 +505,7 @@ class Pipeline:
         Raises OSError naming `folder`, for example on a full disk.
         """
         folder = Path(folder)
-        with replacing(folder) as to:
+        with replacing(folder) as to, self._plain():
             write_networks(to, self.spec, self._networks(), self.tokenizers, self.provenance, dtype)
         return folder
 
@@ -435,12 +541,14 @@ def load(
     optimize: str = "none",
     without: Collection[str] = (),
     defer: Collection[str] = (),
+    vae: str | Path | None = None,
 ) -> Pipeline:
     """A Pipeline from a model folder: memory-mapped safetensors assigned to meta networks.
 
     dtype: None keeps the stored one, but on the CPU reads fp16 as fp32: torch's CPU kernels have
-    little fp16, and it would be slower besides. optimize: "none", or "auto" for weights laid out
-    for inference (in this version convolutions in channels-last, equal to "none" up to rounding).
+    little fp16, and it would be slower besides. optimize: "none", or "auto" for what
+    `Pipeline.optimize` does: equal to "none" up to rounding, for inference only, with a setting of
+    the whole process; `Pipeline.restore` undoes it. vae: another folder, whose VAE is taken.
     without: parts that are left out as if their files were absent, for example "text_encoder".
     defer: parts that stay on the meta device; their files are checked, and read by who needs them.
     Raises ValueError for a folder that is not a model folder, or whose files do not fit its
@@ -450,24 +558,25 @@ def load(
         raise ValueError(f"optimize must be 'none' or 'auto', got {optimize!r}")
     folder = Path(path)
     spec, provenance = read_spec(folder)
+    folders = dict.fromkeys(spec.parts(), folder)
+    if vae is not None:
+        folders["vae"] = Path(vae)
+        spec = dataclasses.replace(spec, vae=read_vae(folders["vae"], spec))
     widen = dtype is None and torch.device(device).type == "cpu"
     parts = {
         part: None
         if part in without
-        else defer_part(folder, spec, part)
+        else defer_part(place, spec, part)
         if part in defer
-        else load_part(folder, spec, part, dtype, widen)
-        for part in spec.parts()
+        else load_part(place, spec, part, dtype, widen)
+        for part, place in folders.items()
     }
     tokenizers = [load_tokenizer(folder, spec, i) for i in range(len(spec.text))]
     texts = [parts[text_part(i)] for i in range(len(spec.text))]
     pipeline = Pipeline(spec, parts["backbone"], parts["vae"], texts, tokenizers, provenance)
     pipeline.folder = folder
-    if optimize == "auto":
-        for net in (pipeline.backbone, pipeline.vae):
-            if net is not None:
-                net.to(memory_format=torch.channels_last)
-    return pipeline.to(device)
+    pipeline.to(device)
+    return pipeline.optimize() if optimize == "auto" else pipeline
 
 
 def _attend_where(text: Conditioning, used: Tensor) -> Conditioning:

@@ -68,8 +68,9 @@ def guided(
     null = null.expand(len(x))
     masks_agree = (cond.mask is None) == (null.mask is None)
     stackable = masks_agree and cond.tokens.shape == null.tokens.shape
-    if stackable and cond.guidance is None and cond.kv is None:
-        both = backbone(x.repeat(2, 1, 1, 1), t.repeat(2), concat([cond.plain(), null]))
+    if stackable and cond.guidance is None:
+        text = cond if cond.negative is None else cond.plain()  # plain() drops filled-in K/V
+        both = backbone(x.repeat(2, 1, 1, 1), t.repeat(2), concat([text, null]))
         conditional, unconditional = both.chunk(2)
         return cfg(conditional, unconditional, kappa)
     return cfg(backbone(x, t, cond), backbone(x, t, null), kappa)

@@ -7,6 +7,7 @@ guidance.PRESETS.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from snoopi.guidance import PRESETS as STRENGTHS
 from snoopi.guidance import strength
@@ -445,8 +447,19 @@ def build(spec: str | ModelSpec | ToolSpec, part: str = "backbone", device: str 
     parts = spec.parts()
     if part not in parts:
         raise ValueError(f"{spec.arch} has no part {part!r}; it has {', '.join(parts)}")
-    with torch.device(device):
+    with torch.device(device), _Unfilled() if device == "meta" else contextlib.nullcontext():
         return NETWORKS[type(parts[part])](parts[part]).eval()
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out torch's initialisation: on meta it fills nothing, but loads the compiler (1 s)."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return None
+        return func(*args, **(kwargs or {}))
 
 
 def fresh(spec: str | ModelSpec | ToolSpec, part: str, seed: int) -> Any:

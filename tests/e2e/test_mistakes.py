@@ -476,6 +476,8 @@ def test_unknown_words_are_said_once_and_the_file_is_watched(
         ("--size 0x0", ("size", "0x0")),
         ("--size 33x32", ("size", "multiples of 4", "33x32")),
         ("--size 32", ("--size", "HxW", "'32'")),
+        ("--tile 1", ("tile", "at least 2", "1")),
+        ("--vae nowhere", ("nowhere", "does not exist")),
         ("--scale nan", ("scale", "finite", "nan")),
         ("--scale inf", ("scale", "finite", "inf")),
         ("--guidance cfg --scale nan", ("scale", "finite", "nan")),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 import snoopi
 from snoopi.report import SUMMARY_KEYS
@@ -225,8 +225,13 @@ def test_generate_writes_pictures(whole: Path, tmp_path: Path) -> None:
     assert str(out) in generate(*words).stdout
     assert Image.open(out).size == (32, 32)
     generate(*words, "--num", "2", "--steps", "2", "--guidance", "nasa-centred")
+    plain = [*words[:-1], str(tmp_path / "plain.png"), "--vae", model, "--tile", "64"]
+    generate(*plain, "--optimize", "none")
+    difference = ImageChops.difference(Image.open(out), Image.open(tmp_path / "plain.png"))
+    assert max(high for _, high in difference.getextrema()) <= 1
     assert {p.name for p in tmp_path.iterdir()} == {
         "picture.png",
+        "plain.png",
         "picture-0.png",
         "picture-1.png",
     }

@@ -14,14 +14,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = (
-    {"ops", "noise", "errors"},
+    {"ops", "noise", "errors", "memory", "tiles"},
     {"guidance", "lora", "schedule", "pictures", "preprocess", "plots"},
     {"conditioning", "page"},
-    {"layers"},
+    {"layers", "texts"},
     {"models"},
     {"zoo", "tokenize", "samplers"},
-    {"folders"},
-    {"pipeline", "optimize", "methods", "worlds", "textcache"},
+    {"folders", "optimize"},
+    {"pipeline", "methods", "worlds", "textcache"},
     {"evaluate", "report", "parallel", "data", "runstate", "runlog", "config", "health"},
     {"trainers", "final", "plan"},
     {"distiller"},

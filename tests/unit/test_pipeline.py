@@ -112,6 +112,91 @@ def test_dtype_and_optimize(folder: Path) -> None:
         snoopi.load(folder, optimize="fast")
 
 
+def test_an_optimized_pipeline_is_frozen_and_restored_by_a_call(folder: Path) -> None:
+    plain, fast = snoopi.load(folder), snoopi.load(folder, optimize="auto")
+    nets = [fast.backbone, fast.vae, *fast.text_encoders]
+    assert not any(p.requires_grad for net in nets for p in net.parameters())
+    z = fast.noise(0, [0, 1])
+    options = {"negatives": ["red", "blue"], "steps": 1}
+    want = plain.pictures(["a star", "a circle"], z, **options)
+    got = fast.pictures(["a star", "a circle"], z, **options)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert fast.restore() is fast
+    assert torch.equal(fast.pictures(["a star", "a circle"], z, **options), want)
+    for name, tensor in plain.backbone.state_dict().items():
+        assert torch.equal(tensor, fast.backbone.state_dict()[name])
+
+
+def test_an_optimized_pipeline_moves_and_saves_as_a_plain_one(folder: Path, tmp_path: Path) -> None:
+    fast = snoopi.load(folder, optimize="auto")
+    z, args = fast.noise(0, [0]), (["a star"], ["red"], "nasa", 1.0, 1)
+    saved = load_file(fast.save(tmp_path / "again") / "backbone.safetensors")
+    stored = load_file(folder / "backbone.safetensors")
+    assert saved.keys() == stored.keys()
+    assert all(torch.equal(value, stored[name]) for name, value in saved.items())
+    moved = fast.to("cpu", torch.float64).latents(args[0], z, *args[1:])
+    plain = snoopi.load(folder).to("cpu", torch.float64).latents(args[0], z, *args[1:])
+    torch.testing.assert_close(moved, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_a_picture_in_tiles(folder: Path) -> None:
+    """Patches do not see one another, so tiles change nothing but rounding."""
+    pipeline = snoopi.load(folder)
+    z = pipeline.noise(0, [0], (64, 40))  # latents of 16 x 10
+    whole = pipeline.pictures(["a star"], z, steps=1)
+    torch.testing.assert_close(pipeline.pictures(["a star"], z, steps=1, tile=6), whole)
+    assert torch.equal(pipeline.pictures(["a star"], z, steps=1, tile=16), whole)
+    (picture,) = pipeline("a star", steps=1, size=(64, 40), tile=6)
+    assert picture.size == (40, 64)
+
+
+def other_vae(tmp_path: Path, **changes: int) -> Path:
+    """A folder with a VAE alone, of weights that give another picture."""
+    spec = dataclasses.replace(
+        tiny().spec, vae=dataclasses.replace(zoo.preset("debug").vae, **changes)
+    )
+    vae = zoo.fresh(spec, "vae", 0)
+    for i, p in enumerate(vae.parameters()):
+        p.data = Noise(2).normal("vae", 0, [i], p.shape)[0]
+    return Pipeline(spec, vae=vae).save(tmp_path / "vae")
+
+
+def test_the_vae_of_another_folder(folder: Path, tmp_path: Path) -> None:
+    other = other_vae(tmp_path)
+    (folder / "vae.safetensors").unlink()
+    pipeline = snoopi.load(folder, vae=other)
+    assert torch.equal(pipeline.vae.to_patch, snoopi.load(other).vae.to_patch)
+    assert pipeline("a star", steps=1)[0].size == (32, 32)
+    again = snoopi.load(pipeline.save(tmp_path / "whole"))
+    assert torch.equal(again.vae.to_patch, pipeline.vae.to_patch)
+
+
+def test_taesd_in_the_place_of_a_vae(tmp_path: Path) -> None:
+    """`--vae FOLDER` with a folder of tools: its latents are those of Stable Diffusion."""
+    spec = dataclasses.replace(zoo.preset("shapes"), vae=zoo.preset("sd15").vae)
+    folder = Pipeline(spec).save(tmp_path / "model")
+    tool = zoo.preset("taesd")
+    taesd = zoo.fresh(tool, "vae", 0)
+    folders.save_tools(tmp_path / "taesd", tool, {"vae": taesd})
+    pipeline = snoopi.load(folder, vae=tmp_path / "taesd")
+    assert type(pipeline.vae) is type(taesd) and pipeline.spec.vae == tool.networks["vae"]
+    assert torch.equal(pipeline.vae.decoder.layers[0].weight, taesd.decoder.layers[0].weight)
+
+
+def test_a_vae_that_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"does not fit debug: expected latents of 16 channels"):
+        snoopi.load(folder, vae=other_vae(tmp_path, latent_channels=8))
+    with pytest.raises(ValueError, match=r"nowhere is not a model folder: it does not exist"):
+        snoopi.load(folder, vae="nowhere")
+    (tmp_path / "vae" / "vae.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"vae holds no VAE: expected vae\.safetensors"):
+        snoopi.load(folder, vae=tmp_path / "vae")
+    (tmp_path / "vgg").mkdir()
+    folders.write_spec(tmp_path / "vgg", zoo.preset("vgg16"), {})
+    with pytest.raises(ValueError, match="holds no VAE"):
+        snoopi.load(folder, vae=tmp_path / "vgg")
+
+
 def test_a_partial_folder_says_what_is_missing(folder: Path) -> None:
     (folder / "vae.safetensors").unlink()
     pipeline = snoopi.load(folder)
@@ -171,6 +256,7 @@ def test_a_broken_folder_is_refused(folder: Path, damage: str, message: str) -> 
         ({"prompt": "a", "scale": float("nan")}, "scale must be a finite number, got nan"),
         ({"prompt": "a", "guidance": "cfg", "scale": float("inf")}, "finite number, got inf"),
         ({"prompt": "a", "steps": 0}, "steps"),
+        ({"prompt": "a", "tile": 1}, "tile must be at least 2 latent pixels, got 1"),
         ({"prompt": "a", "size": (30, 32)}, "multiples of 4"),
         ({"prompt": "a", "guidance": "nassa"}, "guidance must be one of"),
         ({"prompt": ["a", "b"], "negative": ["c"]}, "one per prompt"),

@@ -1,0 +1,74 @@
+"""The process's memory as the C library and the kernel keep it: what torch says nothing about.
+
+glibc gives every big block back to the system when it is freed, and the next tensor of that size
+faults its pages in again, which on a CPU costs as much as filling them. `keep_freed` ends that for
+the whole process, `give_back` begins it again. On other systems and C libraries nothing happens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import platform
+from functools import cache
+
+from torch import Tensor
+
+# mallopt's parameters (malloc.h), and glibc's own values for them.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_MMAP_MAX = 65536
+# Where glibc's moving thresholds end in a process that frees big blocks; setting one stops them.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = 32 << 20, 64 << 20
+_NEVER = 2**31 - 1  # mallopt takes an int
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    """The C library where it is glibc, else None."""
+    if platform.libc_ver()[0] != "glibc":
+        return None
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    libc.malloc_trim.argtypes = (ctypes.c_size_t,)
+    return libc
+
+
+def keep_freed() -> bool:
+    """Keep freed memory in this process for the next tensors; returns whether it can (glibc).
+
+    Process-wide. What was freed before goes to the system first, so loading's garbage is not kept.
+    Afterwards the process holds more than it used at once, up to twice as much: glibc does not
+    always find room for an aligned block where one of its size was.
+    """
+    libc = _glibc()
+    if libc is None:
+        return False
+    libc.malloc_trim(0)
+    return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, _NEVER))
+
+
+def give_back() -> bool:
+    """Undo `keep_freed` and return what is free to the system; whether it can (glibc)."""
+    libc = _glibc()
+    if libc is None:
+        return False
+    libc.mallopt(_M_MMAP_MAX, _MMAP_MAX)
+    libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
+    libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
+    libc.malloc_trim(0)
+    return True
+
+
+def drop_pages(mapped: Tensor) -> None:
+    """Let the system take back the pages of a tensor that lies in a mapped file and is done with.
+
+    Whole pages inside it, so that its neighbours stay as they are. Read it no more: in a file's
+    mapping it would be there again, in other memory it would be zeros.
+    """
+    libc = _glibc()
+    if libc is None:
+        return
+    begin = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (mapped.data_ptr() + mapped.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end:
+        libc.madvise(begin, end - begin, mmap.MADV_DONTNEED)

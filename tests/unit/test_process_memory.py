@@ -1,0 +1,128 @@
+"""What the process keeps and what it returns: page faults of warm work, memory of loading."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from snoopi import memory
+from snoopi.folders import load_weights
+
+MIB = 1 << 20
+LINUX = Path("/proc/self/clear_refs").exists() and memory._glibc() is not None
+pytestmark = pytest.mark.skipif(not LINUX, reason="needs Linux and glibc")
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    memory.give_back()
+    yield
+    memory.give_back()
+
+
+def megabytes(what: str) -> float:
+    """A line of the kernel's account of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{what}:"))
+    return int(line.split()[1]) / 1024
+
+
+def faults(side: int) -> int:
+    """Page faults of one more run of something that makes tensors of side^2 numbers."""
+    net = nn.Sequential(nn.Linear(side, side), nn.GELU(), nn.Linear(side, side)).eval()
+    x = torch.zeros(side, side)
+    with torch.no_grad():
+        for _ in range(2):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            net(x)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_warm_work_faults_no_pages_in() -> None:
+    side = 3072  # 36 MiB a tensor: beyond every threshold of glibc's own
+    plain = faults(side)
+    assert memory.keep_freed()
+    kept = faults(side)
+    assert plain > 2 * side * side * 4 // 4096 and kept < plain // 20, (plain, kept)
+    assert memory.give_back()
+    assert faults(side) > plain // 2
+
+
+def test_what_was_kept_is_returned() -> None:
+    memory.keep_freed()
+    before = megabytes("VmRSS")
+    for _ in range(3):
+        torch.ones(64 * MIB // 4)
+    assert megabytes("VmRSS") > before + 60
+    memory.give_back()
+    assert megabytes("VmRSS") < before + 8
+
+
+def test_nothing_happens_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(MIB)
+    monkeypatch.setattr(memory, "_glibc", lambda: None)
+    assert not memory.keep_freed() and not memory.give_back()
+    memory.drop_pages(x)
+    assert (x == 1).all()
+
+
+def layers(count: int, side: int) -> nn.Module:
+    with torch.device("meta"):
+        return nn.Sequential(*(nn.Linear(side, side, bias=False) for _ in range(count)))
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "widen", "size"),
+    [
+        (torch.float32, torch.bfloat16, False, 32),
+        (torch.float16, None, True, 64),
+        (torch.float32, None, False, 0),
+        (torch.bfloat16, torch.bfloat16, False, 0),
+    ],
+)
+def test_loading_needs_the_network_and_one_tensor(
+    tmp_path: Path, stored: torch.dtype, dtype: torch.dtype | None, widen: bool, size: int
+) -> None:
+    """The peak is the weights as they will be (MiB); without a conversion they stay mapped."""
+    state = {k: torch.ones(v.shape, dtype=stored) for k, v in layers(16, 1024).state_dict().items()}
+    save_file(state, tmp_path / "x.safetensors")
+    del state
+    memory.give_back()
+    net = layers(16, 1024)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    before, mapped = megabytes("VmRSS"), megabytes("RssFile")
+    load_weights(net, tmp_path / "x.safetensors", dtype, widen)
+    assert megabytes("VmHWM") - before < size + 4 + 6
+    assert megabytes("RssFile") - mapped < 3
+    assert all((p == 1).all() for p in net.parameters())
+
+
+def test_dropping_pages_spares_the_neighbours(tmp_path: Path) -> None:
+    x = torch.arange(8 * 4096 // 4, dtype=torch.int32)
+    want = x.clone()
+    memory.drop_pages(x[1000:5000])  # not mapped from a file: whole pages inside become zeros
+    first, last = 1000, 5000
+    assert torch.equal(x[:first], want[:first]) and torch.equal(x[last:], want[last:])
+
+
+def test_importing_the_package_costs_next_to_nothing() -> None:
+    """`import snoopi` loads neither torch nor anything of ours; the networks load no compiler."""
+    program = """
+        import sys, snoopi
+        assert "torch" not in sys.modules and "numpy" not in sys.modules
+        from snoopi import zoo
+        for part in ("backbone", "vae", "text_encoder"):
+            zoo.build("debug", part)
+        heavy = {"torch._dynamo", "torch._inductor", "sympy", "PIL.PngImagePlugin", "diffusers"}
+        assert not heavy & set(sys.modules), heavy & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
