@@ -1,10 +1,10 @@
 """Lays a module's weights out for inference, from outside; the module itself stays as it is.
 
 optimize(net) gives every 3x3 convolution its filters in the layout of the native op
-(snoopi.ops.pack_conv), which takes the norm, SiLU, doubling and sums around it along, and every
-cross-attention its output projection (snoopi.ops.pack_linear); other convolutions become
-channels-last. restore(net) takes it back. The plain weights stay and serve every other path, so
-results agree to rounding.
+(snoopi.ops.pack_conv), which takes the norm, SiLU, doubling and sums around it along, every GEGLU
+its Linear (snoopi.ops.pack_geglu), and every cross-attention its output projection
+(snoopi.ops.pack_linear); other convolutions become channels-last. restore(net) takes it back. The
+plain weights stay and serve every other path, so results agree to rounding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import nn
 
 from snoopi.layers.attention import CrossAttention
 from snoopi.layers.blocks import Upsample
-from snoopi.layers.packed import PackedConv2d
+from snoopi.layers.packed import PACKED, PackedConv2d, PackedGEGLU
+from snoopi.models.unet import FeedForward
 
 
 def optimize(module: nn.Module) -> nn.Module:
@@ -32,17 +33,17 @@ def optimize(module: nn.Module) -> nn.Module:
     """
     restore(module)
     parts = {n: m for n, m in module.named_modules() if isinstance(m, (CrossAttention, nn.Conv2d))}
-    for name, part in parts.items():
-        inside = f"{name}.to_out.0" if isinstance(part, CrossAttention) else name
-        weights = part.to_out[0] if isinstance(part, CrossAttention) else part
-        for key, parameter in weights.named_parameters():
-            if parameter.requires_grad:
-                where = f"{inside}.{key}".strip(".")
-                raise ValueError(
-                    f"optimize is for inference, but {where} requires a gradient: call "
-                    "requires_grad_(False) on the module first"
-                )
+    gated = [m for m in module.modules() if isinstance(m, FeedForward)]
     doubled = {id(m.conv) for m in module.modules() if isinstance(m, Upsample)}
+    packed = [m.to_out[0] if isinstance(m, CrossAttention) else m for m in parts.values()]
+    packed += [m.net["0"].get_submodule("proj") for m in gated]
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for parameter in (p for m in packed for p in m.parameters()):
+        if parameter.requires_grad:
+            raise ValueError(
+                f"optimize is for inference, but {names[id(parameter)]} requires a gradient: call "
+                "requires_grad_(False) on the module first"
+            )
     for part in parts.values():
         if isinstance(part, CrossAttention):
             part.pack_out()
@@ -50,6 +51,8 @@ def optimize(module: nn.Module) -> nn.Module:
             PackedConv2d.packable(part) and PackedConv2d.pack(part, doubled=id(part) in doubled)
         ):
             _relayout(part, torch.channels_last)
+    for layer in gated:
+        PackedGEGLU.pack(layer.net["0"].get_submodule("proj"))  # type: ignore[arg-type]
     return module
 
 
@@ -58,7 +61,7 @@ def restore(module: nn.Module) -> nn.Module:
     for part in module.modules():
         if isinstance(part, CrossAttention):
             part.unpack_out()
-        elif isinstance(part, PackedConv2d):
+        elif isinstance(part, PACKED):
             part.unpack()
         elif isinstance(part, nn.Conv2d):
             _relayout(part, torch.contiguous_format)

@@ -268,41 +268,44 @@ Tensor conv(const Tensor& x, const Tensor& weight, std::string name, int64_t c_o
   return out.scalar_type() == x.scalar_type() ? out : out.to(x.scalar_type());
 }
 
-// A Linear's weight [c_out c_in] for `linear`; geglu: its rows are values, then gates.
-Tensor pack_rows(const Tensor& weight, bool geglu) {
-  TORCH_CHECK(weight.dim() == 2, "snoopi: a weight must be [c_out c_in], got ", weight.sizes());
-  const at::ScalarType type = computing_type(weight.scalar_type());
-  const Kernel& kernel = kernel_for(type);
-  const int64_t c_out = weight.size(0), c_in = weight.size(1), pair = 2 * kernel.vector;
-  TORCH_CHECK(conv_size(ConvKind::kPointwise, c_out, c_in, type) > 0 &&
-                  (!geglu || c_out % pair == 0),
-              "snoopi: this processor's kernel packs no ", c_out, "x", c_in, " weight");
-  Tensor rows = weight.to(type).contiguous();
-  if (geglu) {  // [2 blocks vector c_in] -> [blocks 2 vector c_in]
-    rows = rows.view({2, c_out / pair, kernel.vector, c_in}).transpose(0, 1).contiguous();
-  }
-  return pack_matrices(rows.view({1, c_out, c_in}), ConvKind::kPointwise, type);
+// Columns in the order in which the kernel wants them: of `vector` values and `vector` gates.
+Tensor paired(const Tensor& rows, int64_t vector) {
+  const int64_t blocks = rows.size(0) / (2 * vector);
+  const Tensor parted = rows.contiguous().view({2, blocks, vector, -1});
+  return parted.transpose(0, 1).contiguous().view({rows.size(0), -1});
 }
 
-// act(norm(x) w^T + bias) + residual for rows x [.. c_in].
-Tensor linear(const Tensor& x, const Tensor& weight, int64_t c_out, const OptionalTensor& bias,
-              const OptionalTensor& gain, const OptionalTensor& offset, double eps, bool geglu,
-              const OptionalTensor& residual) {
+// The weight [2c c_in] of a Linear whose outputs are c values, then c gates, for `geglu`.
+Tensor pack_geglu(const Tensor& weight) {
+  TORCH_CHECK(weight.dim() == 2, "snoopi: a weight must be [2c c_in], got ", weight.sizes());
+  const at::ScalarType type = computing_type(weight.scalar_type());
+  const int64_t vector = kernel_for(type).vector, c_out = weight.size(0), c_in = weight.size(1);
+  TORCH_CHECK(
+      conv_size(ConvKind::kPointwise, c_out, c_in, type) > 0 && c_out % (2 * vector) == 0,
+      "snoopi: this processor's kernel packs no gated ", c_out, "x", c_in, " weight");
+  const Tensor rows = paired(weight.to(type), vector);
+  return pack_matrices(rows.unsqueeze(0), ConvKind::kPointwise, type);
+}
+
+// value * gelu(gate) with value, gate = norm(x) w^T + bias in halves, for rows x [.. c_in].
+Tensor geglu(const Tensor& x, const Tensor& weight, int64_t c_out, const OptionalTensor& bias,
+             const OptionalTensor& gain, const OptionalTensor& offset, double eps) {
   const at::ScalarType type = computing_type(x.scalar_type()), sums = accumulator(type);
   const Kernel& kernel = kernel_for(type);
   const int64_t c_in = x.size(-1), rows = x.numel() / std::max<int64_t>(c_in, 1);
   const int64_t size = conv_size(ConvKind::kPointwise, c_out, c_in, type);
   TORCH_CHECK(weight.dim() == 1 && weight.size(0) == size && size > 0 &&
-                  weight.scalar_type() == at::kByte && weight.is_contiguous(),
-              "snoopi: a packed weight of ", c_in, " to ", c_out, " channels must be [", size,
-              "] bytes, got ", weight.sizes(), "; pack_rows makes it, for this processor");
+                  weight.scalar_type() == at::kByte && weight.is_contiguous() &&
+                  c_out % (2 * kernel.vector) == 0,
+              "snoopi: a packed gated weight of ", c_in, " to ", c_out, " channels must be [", size,
+              "] bytes, got ", weight.sizes(), "; pack_geglu makes it, for this processor");
   const Tensor input = x.to(type).contiguous();
   Conv call = {};
   call.kind = ConvKind::kPointwise, call.b = 1, call.h = 1, call.w = rows;
-  call.c_in = c_in, call.c_out = c_out, call.geglu = geglu;
+  call.c_in = c_in, call.c_out = c_out, call.geglu = true;
   call.x = input.const_data_ptr();
   call.weight = weight.const_data_ptr();
-  Tensor scales, shifts, sum, rest;
+  Tensor scales, shifts, sum;
   if (gain.has_value() && offset.has_value()) {
     TORCH_CHECK(gain->numel() == c_in && offset->numel() == c_in, "snoopi: a norm must be [", c_in,
                 "], got ", gain->sizes(), " and ", offset->sizes());
@@ -313,22 +316,12 @@ Tensor linear(const Tensor& x, const Tensor& weight, int64_t c_out, const Option
   if (bias.has_value()) {
     TORCH_CHECK(bias->dim() == 1 && bias->size(0) == c_out, "snoopi: bias must be [", c_out,
                 "], got ", bias->sizes());
-    sum = bias->to(sums).contiguous();
-    if (geglu) {
-      const int64_t pair = 2 * kernel.vector;
-      sum = sum.view({2, c_out / pair, kernel.vector}).transpose(0, 1).contiguous();
-    }
+    sum = paired(bias->to(sums), kernel.vector);
     call.added = sum.const_data_ptr();
   }
   at::DimVector sizes(x.sizes());
-  sizes.back() = geglu ? c_out / 2 : c_out;
+  sizes.back() = c_out / 2;
   const Tensor out = at::empty(sizes, x.options().dtype(type));
-  if (residual.has_value()) {
-    TORCH_CHECK(residual->sizes() == out.sizes() && !geglu, "snoopi: residual must be ",
-                out.sizes(), ", got ", residual->sizes());
-    rest = residual->to(type).contiguous();
-    call.residual = rest.const_data_ptr();
-  }
   call.out = out.mutable_data_ptr();
   if (out.numel() > 0) run(call, kernel);
   return out.scalar_type() == x.scalar_type() ? out : out.to(x.scalar_type());
@@ -404,8 +397,8 @@ std::tuple<Tensor, Tensor> group_norm_fold(const Tensor& x, int64_t groups,
 TORCH_LIBRARY_IMPL(snoopi, CPU, m) {
   m.impl("conv", &snoopi::conv);
   m.impl("pack_conv", &snoopi::pack_conv);
-  m.impl("linear", &snoopi::linear);
-  m.impl("pack_rows", &snoopi::pack_rows);
+  m.impl("geglu", &snoopi::geglu);
+  m.impl("pack_geglu", &snoopi::pack_geglu);
   m.impl("group_norm_fold", &snoopi::group_norm_fold);
 }
 

@@ -19,6 +19,13 @@ inline bool by_tiles(ConvKind kind) {
 
 constexpr int kGroupTiles = 4;
 
+// Vectors of columns whose sums are kept. A pointwise product has few sums by chunk and often
+// thousands of columns, whose sums would push each other out of the second cache.
+inline int64_t column_tiles(ConvKind kind, int64_t columns) {
+  const int64_t all = (columns + kTileUnits - 1) / kTileUnits;
+  return kind == ConvKind::kPointwise && all > 8 ? 8 : all;
+}
+
 // Pixels of a task of height x width pixels: where in the patch each tile of 16 begins.
 struct Pixels {
   int64_t columns;  // of the patch
@@ -57,7 +64,7 @@ struct TileScratch {
 inline int64_t channels_at_once(ConvKind kind, int64_t c_in) {
   if (kind != ConvKind::kPointwise) return chunk_of(c_in);
   int64_t most = kConvChannels;
-  for (int64_t c = kConvChannels; c <= 320; c += kConvChannels) {
+  for (int64_t c = kConvChannels; c <= 160; c += kConvChannels) {
     if (c_in % c == 0) most = c;
   }
   return most;
@@ -66,7 +73,7 @@ inline int64_t channels_at_once(ConvKind kind, int64_t c_in) {
 inline int64_t lay_out(const Conv& call, const Pixels& pixels, char* memory,
                        TileScratch* scratch) {
   const int64_t patch = round_up(pixels.count * call.c_in * 2, 64);
-  const int64_t vectors = (call.c_out + kTileUnits - 1) / kTileUnits;
+  const int64_t vectors = column_tiles(call.kind, call.c_out);
   scratch->patch = reinterpret_cast<BFloat16*>(memory);
   scratch->sums = reinterpret_cast<float*>(memory + patch);
   const int64_t sums = pixels.tiles * vectors * kTileRows * kTileUnits * 4;
@@ -179,8 +186,8 @@ inline void convolve_tiles(const Conv& call, const ConvTask& task, void* memory)
   const int64_t taps = taps_of(call.kind), depth = depth_of(call.kind, call.c_in);
   const int64_t units = depth_units<Paired>(depth), panel = units * kTileUnits;
   const int64_t matrix = packed_units<Paired>(call.c_out, depth);
-  const int64_t vectors = (task.j_end - task.j_begin + kTileUnits - 1) / kTileUnits;
   constexpr int64_t kTile = kTileRows * kTileUnits;
+  const int64_t most = column_tiles(call.kind, task.j_end - task.j_begin) * kTileUnits;
   const int64_t groups = (pixels.tiles + kGroupTiles - 1) / kGroupTiles;
   const int64_t lines = (kTileRows + groups - 1) / groups;
   const int times = call.kind == ConvKind::kPhased ? 2 : 1;
@@ -191,31 +198,37 @@ inline void convolve_tiles(const Conv& call, const ConvTask& task, void* memory)
       shifts[tap] = times == 1 ? tap / 3 * pixels.columns + tap % 3
                                : (y + tap / 2) * pixels.columns + x + tap % 2;
     }
-    for (int64_t c = 0; c < call.c_in; c += chunk) {
-      const BFloat16* patch = scratch.patch + c / chunk * of_chunk;
-      for (int64_t v = 0; v < vectors; ++v) {
-        const uint32_t* weights = static_cast<const uint32_t*>(call.weight) + phase * matrix +
-                                  (task.j_begin / kTileUnits + v) * panel +
-                                  c * taps / 2 * kTileUnits;
-        // Each group of tiles fetches its part of the next columns' weights.
-        const char* ahead = reinterpret_cast<const char*>(weights + panel);
-        for (int64_t t = 0; t < pixels.tiles; t += kGroupTiles) {
-          const int64_t left = pixels.tiles - t;
-          const BFloat16* from[kGroupTiles];
-          for (int64_t i = 0; i < kGroupTiles && i < left; ++i) {
-            from[i] = patch + pixels.begin(t + i, width) * chunk;
+    for (int64_t j = task.j_begin; j < task.j_end; j += most) {
+      ConvTask part = task;
+      part.j_begin = j;
+      part.j_end = task.j_end - j < most ? task.j_end : j + most;
+      const uint32_t* weights = static_cast<const uint32_t*>(call.weight) + phase * matrix +
+                                j / kTileUnits * panel;
+      const int64_t vectors = (part.j_end - j + kTileUnits - 1) / kTileUnits;
+      for (int64_t c = 0; c < call.c_in; c += chunk) {
+        const BFloat16* patch = scratch.patch + c / chunk * of_chunk;
+        for (int64_t v = 0; v < vectors; ++v) {
+          const uint32_t* columns = weights + v * panel + c * taps / 2 * kTileUnits;
+          // Each group of tiles fetches its part of the next columns' weights.
+          const char* ahead = reinterpret_cast<const char*>(columns + panel);
+          for (int64_t t = 0; t < pixels.tiles; t += kGroupTiles) {
+            const int64_t left = pixels.tiles - t;
+            const BFloat16* from[kGroupTiles];
+            for (int64_t i = 0; i < kGroupTiles && i < left; ++i) {
+              from[i] = patch + pixels.begin(t + i, width) * chunk;
+            }
+            const auto run = left == 1   ? multiply_taps<1>
+                             : left == 2 ? multiply_taps<2>
+                             : left == 3 ? multiply_taps<3>
+                                         : multiply_taps<4>;
+            run(from, chunk, shifts, taps, columns, scratch.sums + (t * vectors + v) * kTile,
+                vectors * kTile, c == 0, ahead, lines);
+            ahead += lines * 64 * (chunk / kConvChannels * taps);
           }
-          const auto run = left == 1   ? multiply_taps<1>
-                           : left == 2 ? multiply_taps<2>
-                           : left == 3 ? multiply_taps<3>
-                                       : multiply_taps<4>;
-          run(from, chunk, shifts, taps, weights, scratch.sums + (t * vectors + v) * kTile,
-              vectors * kTile, c == 0, ahead, lines);
-          ahead += lines * 64 * (chunk / kConvChannels * taps);
         }
       }
+      leave_tiles(call, part, pixels, scratch.sums, times, y, x);
     }
-    leave_tiles(call, task, pixels, scratch.sums, times, y, x);
   }
 }
 

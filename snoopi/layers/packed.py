@@ -1,4 +1,4 @@
-"""A convolution whose filters are also laid out for the native op; snoopi.optimize makes them."""
+"""Layers whose weights are also laid out for the native ops; snoopi.optimize makes them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snoopi import ops
-from snoopi.ops import ConvPack
+from snoopi.ops import ConvPack, GEGLUPack
 
 
 class PackedConv2d(nn.Conv2d):
@@ -51,18 +51,9 @@ class PackedConv2d(nn.Conv2d):
 
     def takes(self, x: Tensor, norm: nn.Module | None = None) -> bool:
         """Whether the packed filters serve for x [b c h w], after a GroupNorm and SiLU if given."""
-        weight = self.weight
-        return (
-            self._pack.weight.data_ptr() == weight.data_ptr()
-            and self._packed_version == version(weight)
-            and x.dtype == weight.dtype
-            and x.device == weight.device
-            and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-            and not torch.compiler.is_compiling()
-            and not torch.is_autocast_enabled("cpu")
-            and not _hooked(self)
-            and (norm is None or (type(norm) is nn.GroupNorm and not _hooked(norm)))
-        )
+        if not _serves(self, self._pack.weight, self._packed_version, x):
+            return False
+        return norm is None or (type(norm) is nn.GroupNorm and not _watched(norm))
 
     def forward(self, x: Tensor) -> Tensor:
         """[b c h w] -> [b c_out h w]."""
@@ -96,6 +87,58 @@ class PackedConv2d(nn.Conv2d):
         return self.bias[None] if time is None else self.bias.float() + time.float()
 
 
+class PackedGEGLU(nn.Linear):
+    """The Linear to a GEGLU's values and gates; itself in every respect, and packed besides."""
+
+    _pack: GEGLUPack
+    _packed_version: int
+
+    @classmethod
+    def pack(cls, module: nn.Linear) -> None:
+        """Turn a plain Linear into a packed one, if there is a native kernel for it."""
+        pack = None
+        if type(module) is nn.Linear and not _hooked(module):
+            pack = ops.pack_geglu(module.weight.detach())
+        if pack is not None and pack.packed is not None:
+            module.__class__ = cls
+            assert isinstance(module, PackedGEGLU)
+            module._pack, module._packed_version = pack, version(module.weight)
+
+    def unpack(self) -> None:
+        """Undo `pack`."""
+        del self._pack, self._packed_version
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+
+    def takes(self, x: Tensor, norm: nn.Module) -> bool:
+        """Whether `gated` serves for x [.. c_in] after a LayerNorm."""
+        if not _serves(self, self._pack.weight, self._packed_version, x):
+            return False
+        return type(norm) is nn.LayerNorm and not _watched(norm) and norm.bias is not None
+
+    def gated(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """value * gelu(gate) of this Linear's output for norm(x); for x that `takes` it."""
+        how = {"gain": norm.weight, "offset": norm.bias, "eps": norm.eps}
+        return ops.geglu(x, self._pack, self.bias, **how)  # type: ignore[arg-type]
+
+
+PACKED = (PackedConv2d, PackedGEGLU)
+
+
+def _serves(module: nn.Conv2d | nn.Linear, packed: Tensor, at: int, x: Tensor) -> bool:
+    """Whether a pack of a weight at version `at` stands for the module with x."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    weight = module.weight
+    return (
+        packed.data_ptr() == weight.data_ptr()
+        and at == version(weight)
+        and x.dtype == weight.dtype
+        and x.device == weight.device
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not _watched(module)
+    )
+
+
 def version(x: Tensor) -> int:
     """Counts changes in place, but not those of inference tensors and through `.data`."""
     return 0 if x.is_inference() else x._version
@@ -105,3 +148,9 @@ def _hooked(module: nn.Module) -> bool:
     """Whether a call of the module does more than its class's forward."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
     return "forward" in vars(module) or any(hooks)
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether a hook, or somebody's gradient, would miss that a module was bypassed."""
+    wanted = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+    return wanted or _hooked(module)

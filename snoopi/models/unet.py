@@ -17,6 +17,7 @@ from snoopi.conditioning import Conditioning
 from snoopi.layers.attention import CrossAttention, SelfAttention, fill_kv
 from snoopi.layers.blocks import Downsample, ResnetBlock, Upsample, norm_silu_conv
 from snoopi.layers.embeddings import TimestepEmbedding, sinusoid
+from snoopi.layers.packed import PackedGEGLU
 from snoopi.layers.remake import remake
 
 
@@ -72,6 +73,13 @@ class FeedForward(nn.Module):
         """[b m c] -> [b m c]."""
         return remake(self._second, self.net["0"].get_submodule("proj")(x))
 
+    def after(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
+        """The same of norm(x): in one pass up to the Linear back, where the first is packed."""
+        first = self.net["0"].get_submodule("proj")
+        if isinstance(first, PackedGEGLU) and first.takes(x, norm):
+            return self.net["2"](first.gated(x, norm))
+        return self(norm(x))
+
     def _second(self, x: Tensor) -> Tensor:
         value, gate = x.chunk(2, dim=-1)  # [b m 4c] each
         return self.net["2"](value * F.gelu(gate))
@@ -93,7 +101,7 @@ class TransformerBlock(nn.Module):
         """x [b m c], tokens of an h x w picture -> [b m c]."""
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), cond, size)
-        return x + self.ff(self.norm3(x))
+        return x + self.ff.after(self.norm3, x)
 
 
 class SpatialTransformer(nn.Module):

@@ -1,6 +1,15 @@
 """Attention (plain, NASA and its twin form) and convolution ops; fused on the CPU where built."""
 
-from snoopi.ops.conv import Affine, ConvPack, conv, group_norm_fold, pack_conv
+from snoopi.ops.conv import (
+    Affine,
+    ConvPack,
+    GEGLUPack,
+    conv,
+    geglu,
+    group_norm_fold,
+    pack_conv,
+    pack_geglu,
+)
 from snoopi.ops.nasa import (
     attention,
     explain,
@@ -15,16 +24,19 @@ __all__ = [
     "Affine",
     "ConvPack",
     "Formula",
+    "GEGLUPack",
     "LinearPack",
     "TextPack",
     "attention",
     "conv",
     "explain",
+    "geglu",
     "group_norm_fold",
     "guided_attention",
     "nasa_attention",
     "nasa_attention_packed",
     "pack_conv",
+    "pack_geglu",
     "pack_linear",
     "pack_text",
     "twin_attention",

@@ -1,4 +1,4 @@
-"""Convolutions of pictures with what stands around them in one pass: norm, SiLU, sums.
+"""Convolutions and gated linears with what stands around them in one pass: norm, SiLU, sums.
 
 Native on the CPU (csrc/cpu/convolve.h); elsewhere the reference in plain PyTorch, same result to
 rounding. For inference: nothing here carries a gradient.
@@ -27,6 +27,16 @@ class ConvPack(NamedTuple):
     weight: Tensor
     doubled: bool = False
     kind: str = ""
+    packed: Tensor | None = None
+
+
+class GEGLUPack(NamedTuple):
+    """The weight [2c c_in] of a GEGLU's Linear, values before gates, and its native layout.
+
+    packed is None where there is no native kernel for it, or PyTorch's products are faster.
+    """
+
+    weight: Tensor
     packed: Tensor | None = None
 
 
@@ -104,6 +114,52 @@ def group_norm_fold(
         args = (x, groups, weight, bias, eps)
         return Affine(*torch.ops.snoopi.group_norm_fold.default(*args))
     return Affine(*reference.group_norm_fold(x, groups, weight, bias, eps))
+
+
+def pack_geglu(weight: Tensor) -> GEGLUPack:
+    """Pack the weight [2c c_in] of a GEGLU for `geglu`; do it once per set of weights.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if weight.dim() != 2 or weight.shape[0] % 2:
+        raise ValueError(f"weight must be [2c c_in], got {list(weight.shape)}")
+    c_out, c_in = weight.shape
+    # Measured where AMX multiplies; elsewhere the products outweigh what is saved beside them.
+    pays = native.NATIVE.tiles and weight.dtype == torch.bfloat16
+    if not pays or native.why_not(weight) is not None or c_out % 32 or c_in % 32:
+        return GEGLUPack(weight)
+    return GEGLUPack(weight, torch.ops.snoopi.pack_geglu(weight))
+
+
+def geglu(
+    x: Tensor,
+    pack: GEGLUPack,
+    bias: Tensor | None = None,
+    *,
+    gain: Tensor | None = None,
+    offset: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """value * gelu(gate) [.. c], value and gate the halves of norm(x) W^T + bias, x [.. c_in].
+
+    norm: a LayerNorm with gain and offset [c_in], both or neither. 16-bit tensors are computed in
+    fp32: x rounds once after the norm, the result once.
+
+    Raises:
+        ValueError: x or bias that do not fit the weight, or a gain without its offset.
+    """
+    c_out, c_in = pack.weight.shape
+    if x.shape[-1] != c_in:
+        raise ValueError(f"x must be [.. {c_in}], got {list(x.shape)}")
+    if (gain is None) != (offset is None):
+        raise ValueError("gain and offset come together")
+    for name, part, size in (("bias", bias, c_out), ("gain", gain, c_in), ("offset", offset, c_in)):
+        if part is not None and tuple(part.shape) != (size,):
+            raise ValueError(f"{name} must be [{size}], got {list(part.shape)}")
+    if pack.packed is None or native.why_not(x) is not None or x.dtype != pack.weight.dtype:
+        return reference.geglu(x, pack.weight, bias, gain, offset, eps)
+    return torch.ops.snoopi.geglu.default(x, pack.packed, c_out, bias, gain, offset, eps)
 
 
 def _check(

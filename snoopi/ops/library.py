@@ -23,8 +23,8 @@ PACK_LINEAR = "snoopi::pack_linear"
 CONV = "snoopi::conv"
 PACK_CONV = "snoopi::pack_conv"
 GROUP_NORM_FOLD = "snoopi::group_norm_fold"
-LINEAR = "snoopi::linear"
-PACK_ROWS = "snoopi::pack_rows"
+GEGLU = "snoopi::geglu"
+PACK_GEGLU = "snoopi::pack_geglu"
 _NUM_NASA_TENSORS = 13
 _NUM_TWIN_TENSORS = 7
 
@@ -71,14 +71,12 @@ torch.library.define(
     PACK_CONV, "(Tensor weight, str kind) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
 torch.library.define(
-    LINEAR,
-    "(Tensor x, Tensor weight, int c_out, Tensor? bias, Tensor? gain, Tensor? offset, float eps, "
-    "bool geglu, Tensor? residual) -> Tensor",
+    GEGLU,
+    "(Tensor x, Tensor weight, int c_out, Tensor? bias, Tensor? gain, Tensor? offset, float eps) "
+    "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-torch.library.define(
-    PACK_ROWS, "(Tensor weight, bool geglu) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
+torch.library.define(PACK_GEGLU, "(Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 torch.library.define(
     GROUP_NORM_FOLD,
     "(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
@@ -242,6 +240,18 @@ def _conv_fake(x: Tensor, weight: Tensor, kind: str, c_out: int, *args: Any) -> 
 def _pack_conv_fake(weight: Tensor, kind: str) -> Tensor:
     c_out, c_in = (int(n) for n in weight.shape[:2])
     size = torch.ops.snoopi.conv_bytes(kind, c_out, c_in, weight.dtype)
+    return weight.new_empty((size,), dtype=torch.uint8)
+
+
+@torch.library.register_fake(GEGLU)
+def _geglu_fake(x: Tensor, weight: Tensor, c_out: int, *args: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], c_out // 2))
+
+
+@torch.library.register_fake(PACK_GEGLU)
+def _pack_geglu_fake(weight: Tensor) -> Tensor:
+    c_out, c_in = (int(n) for n in weight.shape)
+    size = torch.ops.snoopi.conv_bytes("pointwise", c_out, c_in, weight.dtype)
     return weight.new_empty((size,), dtype=torch.uint8)
 
 

@@ -109,6 +109,27 @@ def group_norm_fold(
     return scale.to(computing_dtype(x)), shift.to(computing_dtype(x))
 
 
+def geglu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """value * gelu(gate), value and gate the halves of norm(x) W^T + bias; x [.. c_in].
+
+    norm: a LayerNorm of gain and offset [c_in], or none.
+    """
+    dtype = computing_dtype(x)
+    y = x.to(dtype)
+    if gain is not None and offset is not None:
+        y = F.layer_norm(y, (x.shape[-1],), gain.to(dtype), offset.to(dtype), eps)
+    y = F.linear(y, weight.to(dtype), None if bias is None else bias.to(dtype))
+    value, gate = y.chunk(2, dim=-1)
+    return (value * F.gelu(gate)).to(x.dtype)
+
+
 def computing_dtype(q: Tensor) -> torch.dtype:
     """fp64 for fp64 tensors, fp32 for all others."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32

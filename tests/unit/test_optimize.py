@@ -1,15 +1,26 @@
 """snoopi.optimize: packs weights from outside, changes nothing beyond rounding, can be undone."""
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from snoopi import lora
+from snoopi import lora, ops
 from snoopi.conditioning import Conditioning
 from snoopi.guidance import NAG, NASA, VSF, Guidance
 from snoopi.layers.attention import CrossAttention
+from snoopi.layers.blocks import ResnetBlock, Upsample
+from snoopi.layers.packed import PackedConv2d, PackedGEGLU
+from snoopi.models.unet import UNet, UNetConfig
+from snoopi.models.vae import VAE, VAEConfig
+from snoopi.ops import reference
+from snoopi.ops.native import NATIVE
 from snoopi.optimize import optimize, restore
 
+packs = pytest.mark.skipif(not NATIVE.projects, reason=f"no packed weights: {NATIVE.why}")
+DTYPES = (torch.float32, torch.bfloat16)
 GUIDANCES = [NASA(0.7), NASA(0.7, centred=True), NAG(2.0), VSF(1.0)]
 
 
@@ -86,3 +97,172 @@ def test_a_parameter_that_wants_a_gradient_is_refused() -> None:
     with pytest.raises(ValueError, match=r"b\.to_out\.0\.bias requires a gradient"):
         optimize(net)
     assert net["a"]._packed_out is None
+
+
+def fresh(net: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=g) * 0.1)
+    return net.to(dtype).requires_grad_(False)
+
+
+def unet(dtype: torch.dtype) -> nn.Module:
+    sizes = {"channels": (32, 64), "resnets": 1, "depth": (1, 1), "heads": (2, 2)}
+    return fresh(UNet(UNetConfig(**sizes, text_width=12, norm_groups=8)), dtype)  # type: ignore[arg-type]
+
+
+def vae(dtype: torch.dtype) -> nn.Module:
+    return fresh(VAE(VAEConfig(channels=(32, 64), resnets=1, norm_groups=8)), dtype)
+
+
+def run(net: nn.Module, dtype: torch.dtype) -> Tensor:
+    g = torch.Generator().manual_seed(4)
+    if isinstance(net, VAE):
+        return net.decode(net.encode(torch.randn(2, 3, 18, 12, generator=g).to(dtype)))
+    cond = Conditioning(torch.randn(2, 7, 12, generator=g).to(dtype))
+    x = torch.randn(2, 4, 9, 6, generator=g).to(dtype)  # odd: the upsampler is told a size
+    return net(x, torch.tensor([999, 271]), cond)
+
+
+def off(got: Tensor, truth: Tensor) -> float:
+    return float((got.double() - truth).norm() / truth.norm())
+
+
+@packs
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("make", [unet, vae])
+def test_networks_are_packed_and_restored(
+    make: Callable[..., nn.Module], dtype: torch.dtype
+) -> None:
+    net = make(dtype)
+    truth = run(make(dtype).double(), torch.float64)
+    names, plain = dict(net.named_parameters()), run(net, dtype)
+    optimize(net)
+    kinds = [type(m) for m in net.modules()]
+    convolutions = sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in net.modules())
+    # All but the first of each network, whose channels are few, and the strided ones.
+    assert convolutions - 4 <= kinds.count(PackedConv2d) < convolutions
+    amx = NATIVE.tiles and dtype == torch.bfloat16
+    assert (PackedGEGLU in kinds) == (amx and isinstance(net, UNet))
+    assert {n: p is names[n] for n, p in net.named_parameters()} == dict.fromkeys(names, True)
+    got = run(net, dtype)
+    assert not torch.equal(got, plain)
+    assert off(got, truth) <= 2 * off(plain, truth)
+    assert off(got, truth) < (3e-2 if dtype == torch.bfloat16 else 3e-6)
+    restore(net)
+    assert torch.equal(run(net, dtype), plain) and PackedConv2d not in map(type, net.modules())
+
+
+@packs
+def test_packed_networks_train_as_plain_ones() -> None:
+    """Where a gradient is wanted the plain path runs, all through."""
+    plain, net = unet(torch.float32), optimize(unet(torch.float32))
+    for each in (plain, net):
+        each.requires_grad_(True)
+    losses = [run(each, torch.float32).square().mean() for each in (plain, net)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for a, b in zip(plain.parameters(), net.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-5)
+
+
+def plainly(net: nn.Module, x: Tensor) -> Tensor:
+    """What the same weights give without packs."""
+    return restore(copy.deepcopy(net))(x)
+
+
+def block(dtype: torch.dtype = torch.float32) -> nn.Module:
+    return fresh(ResnetBlock(32, 64, None, 8, 1e-6), dtype)
+
+
+@packs
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["conv1", "conv2", "norm1", "norm2", "conv_shortcut"])
+@pytest.mark.parametrize("how", ["in place", "replaced", "hook", "adapter"])
+def test_what_happens_to_a_packed_block_is_seen(part: str, how: str) -> None:
+    x = torch.randn(2, 32, 8, 8)
+    net = optimize(block())
+    before = net(x)
+    module = net.get_submodule(part)
+    assert isinstance(module, (nn.GroupNorm, nn.Conv2d))
+    if how == "in place":
+        module.weight.mul_(-1)
+    elif how == "replaced":
+        module.weight = nn.Parameter(-module.weight, requires_grad=False)
+    elif how == "hook":
+        module.register_forward_hook(lambda module, args, out: -out)
+    elif isinstance(module, nn.GroupNorm):
+        return
+    else:
+        lora.inject(net, [part], rank=2, gamma=2.0)
+        module.lora_b.fill_(0.3)  # type: ignore[union-attr, operator]
+    got = net(x)
+    torch.testing.assert_close(got, plainly(net, x))
+    assert (got - before).abs().max() > 1e-2
+
+
+@packs
+@torch.no_grad()
+def test_the_adapters_of_a_packed_network_reach_every_layer() -> None:
+    plain, net = unet(torch.float32), optimize(unet(torch.float32))
+    assert lora.inject(net, ["*"], rank=1, gamma=1.0) == lora.inject(plain, ["*"], 1, 1.0)
+    torch.testing.assert_close(run(net, torch.float32), run(plain, torch.float32))
+
+
+@packs
+@torch.no_grad()
+def test_an_upsampler_doubles_in_the_op_or_matches_a_size() -> None:
+    x, net = torch.randn(1, 32, 5, 6), fresh(Upsample(32))
+    plain = [net(x), net(x, (10, 12)), net(x, (9, 11))]
+    optimize(net)
+    for size, expected in zip((None, (10, 12), (9, 11)), plain, strict=True):
+        torch.testing.assert_close(net(x, size), expected)
+    assert isinstance(net.conv, PackedConv2d)
+    assert torch.equal(net(x, (9, 11)), plain[2])
+
+
+@packs
+@torch.no_grad()
+def test_a_packed_network_compiles_and_casts() -> None:
+    torch.compiler.reset()
+    net, x = optimize(block()), torch.randn(2, 32, 8, 8)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), plainly(net, x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net(x), plainly(net, x))
+
+
+@torch.no_grad()
+def test_geglu() -> None:
+    """Against fp64, with and without norm and bias; 64 rows and more, and few."""
+    g = torch.Generator().manual_seed(5)
+    for rows in (1, 37, 300):
+        x, weight = torch.randn(2, rows, 64, generator=g), torch.randn(192, 64, generator=g) / 8
+        bias, gain, offset = (torch.randn(n, generator=g) for n in (192, 64, 64))
+        for dtype in DTYPES:
+            tensors = [t.to(dtype) for t in (x, weight, bias, gain, offset)]
+            pack = ops.pack_geglu(tensors[1])
+            assert (pack.packed is not None) == (NATIVE.tiles and dtype == torch.bfloat16)
+            for norm in (False, True):
+                how = dict(zip(("gain", "offset"), tensors[3:], strict=True)) if norm else {}
+                wide = [t.double() for t in tensors]
+                args = (*wide[3:], 1e-5) if norm else (None, None, 1e-5)
+                truth = reference.geglu(wide[0], wide[1], wide[2], *args)
+                got = ops.geglu(tensors[0], pack, tensors[2], **how)  # type: ignore[arg-type]
+                assert off(got, truth) < (4e-3 if dtype == torch.bfloat16 else 1e-6)
+    with pytest.raises(ValueError, match=r"bias must be \[192\], got \[191\]"):
+        ops.geglu(x, ops.pack_geglu(weight), bias[1:])
+    with pytest.raises(ValueError, match="gain and offset come together"):
+        ops.geglu(x, ops.pack_geglu(weight), gain=gain)
+    with pytest.raises(ValueError, match=r"weight must be \[2c c_in\], got \[191, 64\]"):
+        ops.pack_geglu(weight[1:])
+    if NATIVE.tiles:
+        packed = ops.pack_geglu(weight.bfloat16()).packed
+        args = (x.bfloat16(), packed, 192, bias, gain, offset, 1e-5)
+        torch.library.opcheck(torch.ops.snoopi.geglu, args)
+        torch.library.opcheck(torch.ops.snoopi.pack_geglu, (weight.bfloat16(),))
