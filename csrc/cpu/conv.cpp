@@ -7,7 +7,6 @@
 #include <cmath>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #include "glue.h"
 
@@ -48,25 +47,30 @@ int64_t conv_size(ConvKind kind, int64_t c_out, int64_t c_in, at::ScalarType typ
   return positions_of(kind) * kernel.linear_bytes(c_out, depth_of(kind, c_in));
 }
 
-// G g G^T of Winograd's transformation of a 3x3 filter, rows and columns `used` of four.
+// G g G^T of Winograd's transformation of a 3x3 filter; rows and columns `used` of four.
 template <typename Real, typename T>
-void transform_filter(const T* g, const std::vector<int>& used, std::vector<Real>& u) {
-  static constexpr double kG[4][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
-  Real rows[4][3];
-  for (const int i : used) {
-    for (int j = 0; j < 3; ++j) {
-      rows[i][j] = 0;
-      for (int k = 0; k < 3; ++k) {
-        rows[i][j] += static_cast<Real>(kG[i][k]) * static_cast<Real>(g[3 * k + j]);
-      }
+void transform_filter(const T* g, const int* used, int count, Real* u) {
+  static constexpr Real kG[4][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
+  for (int i = 0; i < count; ++i) {
+    Real row[3] = {};
+    for (int j = 0; j < 9; ++j) row[j % 3] += kG[used[i]][j / 3] * static_cast<Real>(g[j]);
+    for (int j = 0; j < count; ++j) {
+      const Real* by = kG[used[j]];
+      u[i * count + j] = row[0] * by[0] + row[1] * by[1] + row[2] * by[2];
     }
   }
-  u.clear();
-  for (const int i : used) {
-    for (const int j : used) {
-      Real sum = 0;
-      for (int k = 0; k < 3; ++k) sum += rows[i][k] * static_cast<Real>(kG[j][k]);
-      u.push_back(sum);
+}
+
+// A 3x3 filter of a doubled picture as 2x2 filters of the plain one, [phase tap]: of the pixels 2y
+// and 2y + 1, rows {y - 1, y, y} and {y, y, y + 1} meet the filter's.
+template <typename Real, typename T>
+void sum_phases(const T* g, Real* u) {
+  static constexpr int kFrom[2][3] = {{0, 1, 1}, {0, 0, 1}};
+  for (int i = 0; i < 16; ++i) u[i] = 0;
+  for (int phase = 0; phase < 4; ++phase) {
+    for (int k = 0; k < 9; ++k) {
+      const int tap = 2 * kFrom[phase / 2][k / 3] + kFrom[phase % 2][k % 3];
+      u[4 * phase + tap] += static_cast<Real>(g[k]);
     }
   }
 }
@@ -74,41 +78,39 @@ void transform_filter(const T* g, const std::vector<int>& used, std::vector<Real
 // The matrices of a convolution's products, [positions c_out depth] in the weight's type.
 template <typename T, typename Real>
 Tensor matrices(const Tensor& weight, ConvKind kind) {
-  const int64_t c_out = weight.size(0), c_in = weight.size(1);
-  const int64_t positions = positions_of(kind), depth = depth_of(kind, c_in);
-  const Tensor out = at::empty({positions, c_out, depth}, weight.options());
+  static constexpr int kAll[] = {0, 1, 2, 3}, kThree[] = {0, 1, 3};
+  const int64_t c_out = weight.size(0), c_in = weight.size(1), filter = weight.size(2);
+  const int64_t positions = positions_of(kind), taps = taps_of(kind);
+  // Chunks of channels are for products with taps; without, the depth is all channels.
+  const int64_t chunk = chunk_of(c_in), matrix = c_out * taps * c_in;
+  const Tensor out = at::empty({positions, c_out, taps * c_in}, weight.options());
   const T* from = weight.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
-  const int64_t taps = weight.size(2) * weight.size(3), chunk = chunk_of(c_in);
-  const std::vector<int> used =
-      kind == ConvKind::kDoubled ? std::vector<int>{0, 1, 3} : std::vector<int>{0, 1, 2, 3};
   parallel(c_out, c_in * 64, [&](int64_t begin, int64_t end) {
-    std::vector<Real> u;
     for (int64_t o = begin; o < end; ++o) {
-      for (int64_t i = 0; i < c_in; ++i) {
-        const T* g = from + (o * c_in + i) * taps;
-        if (kind == ConvKind::kPhased) {
-          // Of the pixels 2y and 2y + 1: rows {y - 1, y, y} and {y, y, y + 1} meet the filter's.
-          static constexpr int kFrom[2][3] = {{0, 1, 1}, {0, 0, 1}};
-          for (int phase = 0; phase < 4; ++phase) {
-            Real sum[4] = {};
-            for (int k = 0; k < 9; ++k) {
-              const int tap = 2 * kFrom[phase / 2][k / 3] + kFrom[phase % 2][k % 3];
-              sum[tap] += static_cast<Real>(g[k]);
-            }
-            for (int tap = 0; tap < 4; ++tap) {
-              to[(phase * c_out + o) * depth + depth_at(tap, 4, i, chunk)] =
-                  static_cast<T>(sum[tap]);
-            }
+      for (int64_t first = 0; first < c_in; first += chunk) {
+        T* row = to + (o * c_in + first) * taps;
+        for (int64_t i = 0; i < chunk; ++i) {
+          const T* g = from + (o * c_in + first + i) * filter * filter;
+          Real u[16];
+          switch (kind) {
+            case ConvKind::kWinograd:
+              transform_filter(g, kAll, 4, u);
+              break;
+            case ConvKind::kDoubled:
+              transform_filter(g, kThree, 3, u);
+              break;
+            case ConvKind::kPhased:
+              sum_phases(g, u);
+              break;
+            default:
+              for (int64_t k = 0; k < taps; ++k) row[k * chunk + i] = g[k];
+              continue;
           }
-        } else if (positions > 1) {
-          transform_filter<Real, T>(g, used, u);
           for (int64_t p = 0; p < positions; ++p) {
-            to[(p * c_out + o) * depth + i] = static_cast<T>(u[static_cast<size_t>(p)]);
-          }
-        } else {
-          for (int64_t k = 0; k < taps; ++k) {
-            to[o * depth + depth_at(k, taps, i, chunk)] = g[k];
+            for (int64_t k = 0; k < taps; ++k) {
+              row[p * matrix + k * chunk + i] = static_cast<T>(u[p * taps + k]);
+            }
           }
         }
       }
