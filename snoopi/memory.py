@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import platform
 from functools import cache
+from pathlib import Path
 
 from torch import Tensor
 
@@ -72,3 +73,27 @@ def drop_pages(mapped: Tensor) -> None:
     end = (mapped.data_ptr() + mapped.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if begin < end:
         libc.madvise(begin, end - begin, mmap.MADV_DONTNEED)
+
+
+def drop_mapped(weight: Tensor) -> None:
+    """`drop_pages` of a tensor that lies in a mapped file, and is as there; of others nothing.
+
+    What was written into the mapping since would be lost: for weights just loaded.
+    """
+    begin = weight.data_ptr()
+    for low, high in _mapped_files():
+        if low <= begin and begin + weight.nbytes <= high:
+            drop_pages(weight)
+            return
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Address ranges of this process in which a file lies (Linux)."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    # "low-high permissions offset device inode path"; inode 0 is no file.
+    parts = [line.split(maxsplit=5) for line in lines]
+    ranges = [part[0].split("-") for part in parts if part[4] != "0"]
+    return [(int(low, 16), int(high, 16)) for low, high in ranges]

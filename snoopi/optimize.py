@@ -9,8 +9,10 @@ plain weights stay and serve every other path, so results agree to rounding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from snoopi.layers.attention import CrossAttention
 from snoopi.layers.blocks import Upsample
@@ -18,7 +20,7 @@ from snoopi.layers.packed import PACKED, PackedConv2d, PackedGEGLU
 from snoopi.models.unet import FeedForward
 
 
-def optimize(module: nn.Module) -> nn.Module:
+def optimize(module: nn.Module, done: Callable[[Tensor], object] | None = None) -> nn.Module:
     """Pack what can be packed, in place; call it again after weights have changed.
 
     A pack is a snapshot. Where its Parameter was replaced or changed in place since, it is not
@@ -26,6 +28,7 @@ def optimize(module: nn.Module) -> nn.Module:
     for inference: refused while a parameter that would be packed requires a gradient. What has an
     adapter or a hook is left alone.
 
+    done: called with every weight once it is packed, which only other paths read from then on.
     Returns the module.
 
     Raises:
@@ -51,8 +54,13 @@ def optimize(module: nn.Module) -> nn.Module:
             PackedConv2d.packable(part) and PackedConv2d.pack(part, doubled=id(part) in doubled)
         ):
             _relayout(part, torch.channels_last)
+        elif done is not None:
+            done(part.weight)
     for layer in gated:
-        PackedGEGLU.pack(layer.net["0"].get_submodule("proj"))  # type: ignore[arg-type]
+        first = layer.net["0"].get_submodule("proj")
+        assert isinstance(first, nn.Linear)
+        if PackedGEGLU.pack(first) and done is not None:
+            done(first.weight)
     return module
 
 

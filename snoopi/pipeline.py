@@ -467,8 +467,11 @@ class Pipeline:
         with their K/V, and this process keeps freed memory (snoopi.memory.keep_freed: for all of
         it, not for this pipeline alone). Returns the pipeline.
         """
+        return self._optimize()
+
+    def _optimize(self, done: Callable[[Tensor], object] | None = None) -> Pipeline:
         for net in self._present():
-            packing.optimize(net.requires_grad_(False))
+            packing.optimize(net.requires_grad_(False), done)
         self._recent = RecentTexts()
         memory.keep_freed()
         return self
@@ -576,7 +579,9 @@ def load(
     pipeline = Pipeline(spec, parts["backbone"], parts["vae"], texts, tokenizers, provenance)
     pipeline.folder = folder
     pipeline.to(device)
-    return pipeline.optimize() if optimize == "auto" else pipeline
+    # Nobody has written to the weights yet, so that what a pack stands for may leave memory: who
+    # reads it later reads the file again.
+    return pipeline._optimize(memory.drop_mapped) if optimize == "auto" else pipeline
 
 
 def _attend_where(text: Conditioning, used: Tensor) -> Conditioning:

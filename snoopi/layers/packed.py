@@ -94,15 +94,17 @@ class PackedGEGLU(nn.Linear):
     _packed_version: int
 
     @classmethod
-    def pack(cls, module: nn.Linear) -> None:
+    def pack(cls, module: nn.Linear) -> bool:
         """Turn a plain Linear into a packed one, if there is a native kernel for it."""
-        pack = None
-        if type(module) is nn.Linear and not _hooked(module):
-            pack = ops.pack_geglu(module.weight.detach())
-        if pack is not None and pack.packed is not None:
-            module.__class__ = cls
-            assert isinstance(module, PackedGEGLU)
-            module._pack, module._packed_version = pack, version(module.weight)
+        if type(module) is not nn.Linear or _hooked(module):
+            return False
+        pack = ops.pack_geglu(module.weight.detach())
+        if pack.packed is None:
+            return False
+        module.__class__ = cls
+        assert isinstance(module, PackedGEGLU)
+        module._pack, module._packed_version = pack, version(module.weight)
+        return True
 
     def unpack(self) -> None:
         """Undo `pack`."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -126,3 +127,16 @@ def test_importing_the_package_costs_next_to_nothing() -> None:
         assert not heavy & set(sys.modules), heavy & set(sys.modules)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
+
+
+def test_what_lies_in_a_file_is_dropped_and_read_again(tmp_path: Path) -> None:
+    """Only whole weights of a mapping; a tensor in ordinary memory keeps its values."""
+    weights = {"a": torch.randn(1 << 16), "b": torch.randn(1 << 16)}
+    save_file(weights, tmp_path / "w.safetensors")
+    with safe_open(tmp_path / "w.safetensors", framework="pt") as file:
+        mapped = {name: file.get_tensor(name) for name in weights}
+    for name, value in mapped.items():
+        memory.drop_mapped(value)
+        assert torch.equal(value, weights[name])
+        memory.drop_mapped(weights[name])
+        assert torch.equal(weights[name], value)
