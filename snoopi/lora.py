@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snoopi.layers.packed import PACKED
 from snoopi.noise import Noise
 
 SUFFIXES = ("lora_a", "lora_b")
@@ -90,8 +89,7 @@ def inject(
     """
     if rank < 1:
         raise ValueError(f"LoRA rank must be at least 1, got {rank}")
-    kinds = (nn.Linear, nn.Conv2d, *PACKED)
-    layers = {name: m for name, m in net.named_modules() if type(m) in kinds}
+    layers = {name: m for name, m in net.named_modules() if _bare(m)}
     chosen = {name for name in layers if any(_matches(name, t) for t in targets)}
     for target in targets:
         if not any(_matches(name, target) for name in layers):
@@ -101,6 +99,12 @@ def inject(
     for name in names:
         _adopt(layers[name], name, rank, gamma / rank, noise or Noise(0))
     return names
+
+
+def _bare(module: nn.Module) -> bool:
+    """A Linear or Conv2d as it is, or packed for inference (snoopi.optimize)."""
+    kinds = (nn.Linear, nn.Conv2d)
+    return type(module) in kinds or (isinstance(module, kinds) and hasattr(module, "unpack"))
 
 
 def _matches(name: str, target: str) -> bool:
@@ -134,8 +138,8 @@ def attach(layer: nn.Module, name: str, a: Tensor, b: Tensor, multiplier: float)
     a [r in ...], b [out r ...]: the factors, in the shape of LoRALinear's or LoRAConv2d's. name:
     for the errors alone. ValueError: a grouped convolution, or a layer that has an adapter already.
     """
-    if isinstance(layer, PACKED):
-        layer.unpack()  # an adapter's sum is not in the pack
+    if _bare(layer) and hasattr(layer, "unpack"):
+        layer.unpack()  # type: ignore[operator]  # an adapter's sum is not in the pack
     if type(layer) not in (nn.Linear, nn.Conv2d):
         raise ValueError(f"LoRA on {name}: {type(layer).__name__} is no bare Linear or Conv2d")
     if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):

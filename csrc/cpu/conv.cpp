@@ -123,7 +123,8 @@ Tensor matrices(const Tensor& weight, ConvKind kind) {
 Tensor pack_matrices(const Tensor& parts, ConvKind kind, at::ScalarType type) {
   const Kernel& kernel = kernel_for(type);
   const int64_t c_out = parts.size(1), depth = parts.size(2), columns = kernel.conv_columns(kind);
-  const int64_t size = kernel.linear_bytes(c_out, depth), panel = kernel.linear_bytes(columns, depth);
+  const int64_t size = kernel.linear_bytes(c_out, depth),
+                panel = kernel.linear_bytes(columns, depth);
   const Tensor packed = bytes({parts.size(0) * size});
   char* to = static_cast<char*>(packed.mutable_data_ptr());
   const char* from = static_cast<const char*>(parts.const_data_ptr());
@@ -169,7 +170,8 @@ std::pair<int64_t, int64_t> block_of(const Conv& call, const Kernel& kernel, int
   const int64_t rows = kernel.block_rows;
   // No more than what gives every thread a task.
   const int64_t share = at::divup(call.b * height * width, at::get_num_threads());
-  const int64_t most = std::max(rows, std::min(kernel.conv_tiles(call), at::divup(share, rows) * rows));
+  const int64_t most =
+      std::max(rows, std::min(kernel.conv_tiles(call), at::divup(share, rows) * rows));
   const int64_t step = call.kind == ConvKind::kWinograd ? 2 : 1;
   const int64_t border = call.kind == ConvKind::kPointwise ? 0 : 2;
   std::pair<int64_t, int64_t> best = {1, 1};
@@ -198,21 +200,16 @@ void run(const Conv& call, const Kernel& kernel) {
   // A gate is not parted from its value.
   const int64_t of_part = at::divup(panels, parts) * of_panel;
   const int64_t columns = call.geglu ? at::divup(of_part, 2 * of_panel) * 2 * of_panel : of_part;
-  const int64_t work = block_h * block_w * positions_of(call.kind) * columns *
-                       depth_of(call.kind, call.c_in);
+  const int64_t work =
+      block_h * block_w * positions_of(call.kind) * columns * depth_of(call.kind, call.c_in);
   parallel(blocks * parts, work, [&](int64_t begin, int64_t end) {
     const auto scratch = scratch_of(kernel.conv_bytes(call, block_h, block_w));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / parts, j = i % parts * columns;
       const int64_t y = block / across % down * block_h, x = block % across * block_w;
       if (j >= call.c_out) continue;
-      const ConvTask task = {block / (down * across),
-                             y,
-                             std::min(y + block_h, height),
-                             x,
-                             std::min(x + block_w, width),
-                             j,
-                             std::min(j + columns, call.c_out)};
+      const ConvTask task = {block / (down * across),      y, std::min(y + block_h, height),    x,
+                             std::min(x + block_w, width), j, std::min(j + columns, call.c_out)};
       kernel.run_conv(call, task, scratch.get());
     }
   });
@@ -256,8 +253,8 @@ Tensor conv(const Tensor& x, const Tensor& weight, std::string name, int64_t c_o
     call.added = sum.const_data_ptr();
     call.added_stride = sum.size(0) == 1 ? 0 : c_out;
   }
-  const Tensor out = at::empty({b, c_out, h, w}, x.options().dtype(type),
-                               at::MemoryFormat::ChannelsLast);
+  const Tensor out =
+      at::empty({b, c_out, h, w}, x.options().dtype(type), at::MemoryFormat::ChannelsLast);
   if (residual.has_value()) {
     TORCH_CHECK(residual->sizes() == out.sizes(), "snoopi: residual must be ", out.sizes(),
                 ", got ", residual->sizes());
@@ -282,9 +279,8 @@ Tensor pack_geglu(const Tensor& weight) {
   TORCH_CHECK(weight.dim() == 2, "snoopi: a weight must be [2c c_in], got ", weight.sizes());
   const at::ScalarType type = computing_type(weight.scalar_type());
   const int64_t vector = kernel_for(type).vector, c_out = weight.size(0), c_in = weight.size(1);
-  TORCH_CHECK(
-      conv_size(ConvKind::kPointwise, c_out, c_in, type) > 0 && c_out % (2 * vector) == 0,
-      "snoopi: this processor's kernel packs no gated ", c_out, "x", c_in, " weight");
+  TORCH_CHECK(conv_size(ConvKind::kPointwise, c_out, c_in, type) > 0 && c_out % (2 * vector) == 0,
+              "snoopi: this processor's kernel packs no gated ", c_out, "x", c_in, " weight");
   const Tensor rows = paired(weight.to(type), vector);
   return pack_matrices(rows.unsqueeze(0), ConvKind::kPointwise, type);
 }
@@ -331,8 +327,8 @@ Tensor geglu(const Tensor& x, const Tensor& weight, int64_t c_out, const Optiona
 
 // weight (x - mean) / sqrt(variance + eps) + bias of every group, as scale x + shift.
 std::tuple<Tensor, Tensor> group_norm_fold(const Tensor& x, int64_t groups,
-                                           const OptionalTensor& weight,
-                                           const OptionalTensor& bias, double eps) {
+                                           const OptionalTensor& weight, const OptionalTensor& bias,
+                                           double eps) {
   TORCH_CHECK(x.dim() == 4 && groups > 0 && x.size(1) % groups == 0 && x.numel() > 0,
               "snoopi: x must be [b c h w] with c a multiple of ", groups, " groups, got ",
               x.sizes());

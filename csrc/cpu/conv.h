@@ -14,6 +14,8 @@ enum class ConvKind {
   kPhased,     // of a doubled picture, too: a 2x2 filter for each of the four pixels of a pixel
 };
 
+namespace {  // a copy for every object: each is compiled for another processor
+
 // Products of a tile of output pixels, and its side.
 inline int positions_of(ConvKind kind) {
   switch (kind) {
@@ -44,6 +46,8 @@ inline int64_t chunk_of(int64_t c_in) {
 inline int64_t depth_at(int64_t tap, int64_t taps, int64_t channel, int64_t chunk) {
   return (channel / chunk * taps + tap) * chunk + channel % chunk;
 }
+
+}  // namespace
 
 // out = conv(act(scale x + shift)) + added + residual. All pictures are [b h w c] contiguous; what
 // is null is left out. by_pixel: every pixel's channels are first brought to mean 0 and variance 1.

@@ -17,9 +17,9 @@ namespace {
 
 template <typename F>
 struct ConvScratch {
-  typename F::Acc* patch;  // [rows, columns, kConvChannels]: activated input
-  typename F::Unit* a;     // [positions, tiles, stride]: rows of the products
-  typename F::Acc* c;      // [tiles, c_stride]: products of a panel, all positions
+  typename F::Acc* patch;    // [rows, columns, kConvChannels]: activated input
+  typename F::Unit* a;       // [positions, tiles, stride]: rows of the products
+  typename F::Acc* c;        // [tiles, c_stride]: products of a panel, all positions
   typename F::Acc* moments;  // [patch, 2]: by_pixel's, as x * first + second
   int64_t tiles, stride, c_stride;
 };
@@ -153,12 +153,11 @@ void fill_patch(const Conv& call, const ConvTask& task, int64_t begin, int64_t e
 template <typename F, typename To>
 void fill_patch(const Conv& call, const ConvTask& task, int64_t begin, int64_t end,
                 const typename F::Acc* moments, To* patch, int64_t chunk, int64_t chunk_stride) {
-  const auto fill = call.by_pixel ? fill_patch<F, Norm::kPixel, false, To>
-                    : call.scale == nullptr
-                        ? call.silu ? fill_patch<F, Norm::kNone, true, To>
-                                    : fill_patch<F, Norm::kNone, false, To>
-                    : call.silu ? fill_patch<F, Norm::kChannel, true, To>
-                                : fill_patch<F, Norm::kChannel, false, To>;
+  const auto fill = call.by_pixel           ? fill_patch<F, Norm::kPixel, false, To>
+                    : call.scale == nullptr ? call.silu ? fill_patch<F, Norm::kNone, true, To>
+                                                        : fill_patch<F, Norm::kNone, false, To>
+                    : call.silu             ? fill_patch<F, Norm::kChannel, true, To>
+                                            : fill_patch<F, Norm::kChannel, false, To>;
   fill(call, task, begin, end, moments, patch, chunk, chunk_stride);
 }
 
@@ -385,8 +384,8 @@ void leave(const Conv& call, const ConvTask& task, int64_t j, int64_t columns,
   }
 }
 
-// `multiply` with one panel, by runs of depth that are summed for themselves: one chain of thousands
-// of sums would round several times as much as a sum of chains.
+// `multiply` with one panel, by runs of depth that are summed for themselves: one chain of
+// thousands of sums would round several times as much as a sum of chains.
 template <typename F>
 inline void multiply_in_runs(const typename F::Unit* a, int64_t a_stride, int64_t rows,
                              const typename F::Unit* panel, int64_t units, int64_t vectors,
@@ -519,8 +518,8 @@ int64_t conv_tiles(const Conv& call) {
   constexpr int64_t kMost = kBlockRows == 32 ? 64 : 48;
   ConvScratch<F> scratch = {};
   lay_out(call, 1, 0, nullptr, &scratch);
-  const int64_t row = positions_of(call.kind) * scratch.stride *
-                      static_cast<int64_t>(sizeof(typename F::Unit));
+  const int64_t row =
+      positions_of(call.kind) * scratch.stride * static_cast<int64_t>(sizeof(typename F::Unit));
   const int64_t tiles = kRoom / row / kBlockRows * kBlockRows;
   return tiles < kBlockRows ? kBlockRows : tiles < kMost ? tiles : kMost;
 }

@@ -70,8 +70,7 @@ inline int64_t channels_at_once(ConvKind kind, int64_t c_in) {
   return most;
 }
 
-inline int64_t lay_out(const Conv& call, const Pixels& pixels, char* memory,
-                       TileScratch* scratch) {
+inline int64_t lay_out(const Conv& call, const Pixels& pixels, char* memory, TileScratch* scratch) {
   const int64_t patch = round_up(pixels.count * call.c_in * 2, 64);
   const int64_t vectors = column_tiles(call.kind, call.c_out);
   scratch->patch = reinterpret_cast<BFloat16*>(memory);
@@ -162,8 +161,9 @@ inline void leave_tiles(const Conv& call, const ConvTask& task, const Pixels& pi
     for (int64_t r = 0; r < kTileRows; ++r, ++column) {
       if (column == pixels.columns) column = 0, ++row;
       if (row >= height || column >= width) continue;
-      const int64_t at = (((task.y_begin + row) * times + y) * w +
-                          (task.x_begin + column) * times + x) * call.c_out;
+      const int64_t at =
+          (((task.y_begin + row) * times + y) * w + (task.x_begin + column) * times + x) *
+          call.c_out;
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t j = v * kW, left = columns - j;
         VecF sum = load(tile + (v * kTileRows + r) * kW);
@@ -202,8 +202,8 @@ inline void convolve_tiles(const Conv& call, const ConvTask& task, void* memory)
       ConvTask part = task;
       part.j_begin = j;
       part.j_end = task.j_end - j < most ? task.j_end : j + most;
-      const uint32_t* weights = static_cast<const uint32_t*>(call.weight) + phase * matrix +
-                                j / kTileUnits * panel;
+      const uint32_t* weights =
+          static_cast<const uint32_t*>(call.weight) + phase * matrix + j / kTileUnits * panel;
       const int64_t vectors = (part.j_end - j + kTileUnits - 1) / kTileUnits;
       for (int64_t c = 0; c < call.c_in; c += chunk) {
         const BFloat16* patch = scratch.patch + c / chunk * of_chunk;

@@ -35,7 +35,9 @@ inline Tensor readable(const Tensor& x, at::ScalarType type) {
   return y.stride(-1) == 1 || y.size(-1) == 1 ? y : y.contiguous();
 }
 
-inline Tensor bytes(at::IntArrayRef sizes) { return at::empty(sizes, at::TensorOptions(at::kByte)); }
+inline Tensor bytes(at::IntArrayRef sizes) {
+  return at::empty(sizes, at::TensorOptions(at::kByte));
+}
 
 // Calls run(begin, end) on the threads, for ranges that make up [0, count). A range has at least a
 // million multiply-adds, or bytes, of `work` each: below, a thread costs more than it brings.

@@ -411,10 +411,23 @@ constexpr int64_t kMostRows = kBlockRows == 32 ? 256 : 128;
 
 template <typename F>
 constexpr Kernel kernel() {
-  return {text_bytes<F>, pack_text<F>,     linear_bytes<F>, pack_linear<F>, kPanelColumns<F>,
-          kMostRows,     scratch_bytes<F>, run<F>,          W<F>,           kBlockRows,
-          conv_kind<F>,  conv_columns<F>,  conv_tiles<F>,   conv_bytes<F>,  run_conv<F>,
-          add_moments<F>, kWorks};
+  return {text_bytes<F>,
+          pack_text<F>,
+          linear_bytes<F>,
+          pack_linear<F>,
+          kPanelColumns<F>,
+          kMostRows,
+          scratch_bytes<F>,
+          run<F>,
+          W<F>,
+          kBlockRows,
+          conv_kind<F>,
+          conv_columns<F>,
+          conv_tiles<F>,
+          conv_bytes<F>,
+          run_conv<F>,
+          add_moments<F>,
+          kWorks};
 }
 
 }  // namespace
