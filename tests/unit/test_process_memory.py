@@ -59,17 +59,31 @@ def test_warm_work_faults_no_pages_in() -> None:
     kept = faults(side)
     assert plain > 2 * side * side * 4 // 4096 and kept < plain // 20, (plain, kept)
     assert memory.give_back()
-    assert faults(side) > plain // 2
+    assert faults(side) > plain // 4  # a block may fit in what glibc itself keeps
+
+
+RETURNED = """
+import torch
+from snoopi import memory
+from pathlib import Path
+
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmRSS"))
+
+memory.keep_freed()
+before = resident()
+for _ in range(3):
+    torch.ones(16 << 20)
+assert resident() > before + 60, (before, resident())
+memory.give_back()
+assert resident() < before + 8, (before, resident())
+"""
 
 
 def test_what_was_kept_is_returned() -> None:
-    memory.keep_freed()
-    before = megabytes("VmRSS")
-    for _ in range(3):
-        torch.ones(64 * MIB // 4)
-    assert megabytes("VmRSS") > before + 60
-    memory.give_back()
-    assert megabytes("VmRSS") < before + 8
+    """In a fresh process: this one has room among what it has freed."""
+    subprocess.run([sys.executable, "-c", RETURNED], check=True)
 
 
 def test_nothing_happens_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
