@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from snoopi.layers.attention import CrossAttention
 from snoopi.layers.blocks import Upsample
-from snoopi.layers.packed import PACKED, PackedConv2d, PackedGEGLU
+from snoopi.layers.packed import Packed, PackedConv2d, PackedGEGLU
 from snoopi.models.unet import FeedForward
 
 
@@ -35,32 +35,29 @@ def optimize(module: nn.Module, done: Callable[[Tensor], object] | None = None) 
         ValueError: naming a parameter that requires a gradient, before anything is packed.
     """
     restore(module)
-    parts = {n: m for n, m in module.named_modules() if isinstance(m, (CrossAttention, nn.Conv2d))}
-    gated = [m for m in module.modules() if isinstance(m, FeedForward)]
-    doubled = {id(m.conv) for m in module.modules() if isinstance(m, Upsample)}
-    packed = [m.to_out[0] if isinstance(m, CrossAttention) else m for m in parts.values()]
-    packed += [m.net["0"].get_submodule("proj") for m in gated]
+    modules = list(module.modules())
+    attentions = [m for m in modules if isinstance(m, CrossAttention)]
+    convolutions = [m for m in modules if isinstance(m, nn.Conv2d)]
+    gated = [m.first for m in modules if isinstance(m, FeedForward)]
+    doubled = {id(m.conv) for m in modules if isinstance(m, Upsample)}
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    for parameter in (p for m in packed for p in m.parameters()):
-        if parameter.requires_grad:
-            raise ValueError(
-                f"optimize is for inference, but {names[id(parameter)]} requires a gradient: call "
-                "requires_grad_(False) on the module first"
-            )
-    for part in parts.values():
-        if isinstance(part, CrossAttention):
-            part.pack_out()
-        elif not (
-            PackedConv2d.packable(part) and PackedConv2d.pack(part, doubled=id(part) in doubled)
-        ):
-            _relayout(part, torch.channels_last)
+    for layer in (*(m.to_out[0] for m in attentions), *convolutions, *gated):
+        for parameter in layer.parameters():
+            if parameter.requires_grad:
+                raise ValueError(
+                    f"optimize is for inference, but {names[id(parameter)]} requires a gradient: "
+                    "call requires_grad_(False) on the module first"
+                )
+    for attention in attentions:
+        attention.pack_out()
+    for conv in convolutions:
+        if not PackedConv2d.pack(conv, doubled=id(conv) in doubled):
+            _relayout(conv, torch.channels_last)
         elif done is not None:
-            done(part.weight)
-    for layer in gated:
-        first = layer.net["0"].get_submodule("proj")
-        assert isinstance(first, nn.Linear)
-        if PackedGEGLU.pack(first) and done is not None:
-            done(first.weight)
+            done(conv.weight)
+    for linear in gated:
+        if PackedGEGLU.pack(linear) and done is not None:
+            done(linear.weight)
     return module
 
 
@@ -69,7 +66,7 @@ def restore(module: nn.Module) -> nn.Module:
     for part in module.modules():
         if isinstance(part, CrossAttention):
             part.unpack_out()
-        elif isinstance(part, PACKED):
+        elif isinstance(part, Packed):
             part.unpack()
         elif isinstance(part, nn.Conv2d):
             _relayout(part, torch.contiguous_format)

@@ -8,8 +8,7 @@ pipeline says what is missing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -455,9 +454,10 @@ class Pipeline:
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Pipeline:
         """Move every network that has memory, in place; returns the pipeline."""
         self.forget()
-        with self._plain():
-            for net in self._present():
-                net.to(device=device, dtype=dtype)
+        for net in self._present():
+            net.to(device=device, dtype=dtype)
+            if self._recent is not None:  # what was packed is of the weights as they were
+                packing.optimize(net)
         return self
 
     def optimize(self) -> Pipeline:
@@ -484,18 +484,6 @@ class Pipeline:
         memory.give_back()
         return self
 
-    @contextmanager
-    def _plain(self) -> Iterator[None]:
-        """Within it the weights of an optimized pipeline are plain ones; then they are packed."""
-        nets = [] if self._recent is None else self._present()
-        for net in nets:
-            packing.restore(net)
-        try:
-            yield
-        finally:
-            for net in nets:
-                packing.optimize(net)
-
     def _present(self) -> list[nn.Module]:
         """The networks that have memory."""
         nets = (self.backbone, self.vae, *self.text_encoders)
@@ -508,7 +496,7 @@ class Pipeline:
         Raises OSError naming `folder`, for example on a full disk.
         """
         folder = Path(folder)
-        with replacing(folder) as to, self._plain():
+        with replacing(folder) as to:
             write_networks(to, self.spec, self._networks(), self.tokenizers, self.provenance, dtype)
         return folder
 

@@ -42,8 +42,7 @@ std::string name_of(ConvKind kind) {
 // Bytes of a packed convolution; 0: this processor's kernel has none.
 int64_t conv_size(ConvKind kind, int64_t c_out, int64_t c_in, at::ScalarType type) {
   const Kernel& kernel = kernel_for(type);
-  const bool missing = kind == ConvKind::kPhased && kernel.conv_kind(true, c_out, c_in) != kind;
-  if (missing || c_in % kConvChannels != 0) return 0;
+  if (!kernel.convolves(kind) || c_in % kConvChannels != 0) return 0;
   return positions_of(kind) * kernel.linear_bytes(c_out, depth_of(kind, c_in));
 }
 
@@ -120,9 +119,9 @@ Tensor matrices(const Tensor& weight, ConvKind kind) {
 }
 
 // [positions c_out depth], by panels of columns.
-Tensor pack_matrices(const Tensor& parts, ConvKind kind, at::ScalarType type) {
+Tensor pack_matrices(const Tensor& parts, at::ScalarType type) {
   const Kernel& kernel = kernel_for(type);
-  const int64_t c_out = parts.size(1), depth = parts.size(2), columns = kernel.conv_columns(kind);
+  const int64_t c_out = parts.size(1), depth = parts.size(2), columns = kernel.conv_columns();
   const int64_t size = kernel.linear_bytes(c_out, depth),
                 panel = kernel.linear_bytes(columns, depth);
   const Tensor packed = bytes({parts.size(0) * size});
@@ -156,7 +155,7 @@ Tensor pack_conv(const Tensor& weight, std::string name) {
   const Tensor parts = type == at::kDouble     ? matrices<double, double>(plain, kind)
                        : type == at::kBFloat16 ? matrices<at::BFloat16, float>(plain, kind)
                                                : matrices<float, float>(plain, kind);
-  return pack_matrices(parts, kind, type);
+  return pack_matrices(parts, type);
 }
 
 // Where channels lie next to each other, pixel after pixel.
@@ -193,7 +192,7 @@ void run(const Conv& call, const Kernel& kernel) {
   const int64_t across = at::divup(width, block_w), down = at::divup(height, block_h);
   const int64_t blocks = call.b * down * across, threads = at::get_num_threads();
   // Few blocks are shared out by output columns as well, each thread making the same rows.
-  const int64_t of_panel = kernel.conv_columns(call.kind);
+  const int64_t of_panel = kernel.conv_columns();
   const int64_t panels = at::divup(call.c_out, of_panel);
   const bool uneven = blocks < 4 * threads && blocks % threads != 0;
   const int64_t parts = uneven ? std::min(threads, panels) : 1;
@@ -282,7 +281,7 @@ Tensor pack_geglu(const Tensor& weight) {
   TORCH_CHECK(conv_size(ConvKind::kPointwise, c_out, c_in, type) > 0 && c_out % (2 * vector) == 0,
               "snoopi: this processor's kernel packs no gated ", c_out, "x", c_in, " weight");
   const Tensor rows = paired(weight.to(type), vector);
-  return pack_matrices(rows.unsqueeze(0), ConvKind::kPointwise, type);
+  return pack_matrices(rows.unsqueeze(0), type);
 }
 
 // value * gelu(gate) with value, gate = norm(x) w^T + bias in halves, for rows x [.. c_in].

@@ -16,7 +16,7 @@ enum class ConvKind {
 
 namespace {  // a copy for every object: each is compiled for another processor
 
-// Products of a tile of output pixels, and its side.
+// Products of a tile of output pixels.
 inline int positions_of(ConvKind kind) {
   switch (kind) {
     case ConvKind::kWinograd:
@@ -39,12 +39,10 @@ inline bool doubles(ConvKind kind) {
 
 constexpr int64_t kConvChannels = 32;  // c_in is a multiple of it
 
-// The depth of a product is by chunks of channels, in a chunk by taps, in a tap by channels.
+// The depth of a product with taps is by chunks of channels, in a chunk by taps, in a tap by
+// channels.
 inline int64_t chunk_of(int64_t c_in) {
   return c_in % (2 * kConvChannels) == 0 ? 2 * kConvChannels : kConvChannels;
-}
-inline int64_t depth_at(int64_t tap, int64_t taps, int64_t channel, int64_t chunk) {
-  return (channel / chunk * taps + tap) * chunk + channel % chunk;
 }
 
 }  // namespace

@@ -13,10 +13,6 @@
 namespace snoopi {
 namespace {
 
-inline bool by_tiles(ConvKind kind) {
-  return kind == ConvKind::kDirect || kind == ConvKind::kPhased || kind == ConvKind::kPointwise;
-}
-
 constexpr int kGroupTiles = 4;
 
 // Vectors of columns whose sums are kept. A pointwise product has few sums by chunk and often
@@ -175,7 +171,9 @@ inline void leave_tiles(const Conv& call, const ConvTask& task, const Pixels& pi
   }
 }
 
-inline void convolve_tiles(const Conv& call, const ConvTask& task, void* memory) {
+template <typename F>
+void run_conv(const Conv& call, const ConvTask& task, void* memory) {
+  const Tiles registers;
   const int64_t height = task.y_end - task.y_begin, width = task.x_end - task.x_begin;
   const Pixels pixels(call.kind, height, width);
   TileScratch scratch = {};
@@ -232,7 +230,8 @@ inline void convolve_tiles(const Conv& call, const ConvTask& task, void* memory)
   }
 }
 
-inline int64_t tiles_bytes(const Conv& call, int64_t height, int64_t width) {
+template <typename F>
+int64_t conv_bytes(const Conv& call, int64_t height, int64_t width) {
   // A smaller task at the border may have more tiles, where its rows are not whole tiles.
   int64_t most = 0;
   TileScratch scratch = {};
@@ -243,11 +242,28 @@ inline int64_t tiles_bytes(const Conv& call, int64_t height, int64_t width) {
   return most;
 }
 
+template <typename F>
+int64_t conv_columns() {
+  return kTileUnits;
+}
+
 // Most pixels of a task: the more, the less often weights stream past; but patch and sums are to
 // stay in the second cache.
-inline int64_t most_pixels(const Conv& call) {
+template <typename F>
+int64_t conv_tiles(const Conv& call) {
   if (call.kind == ConvKind::kPointwise) return 128;
   return call.c_in <= 640 && call.c_out <= 640 ? 256 : 128;
+}
+
+template <typename F>
+bool convolves(ConvKind kind) {
+  return kind == ConvKind::kDirect || kind == ConvKind::kPhased || kind == ConvKind::kPointwise;
+}
+
+// Tiles multiply faster than vectors transform.
+template <typename F>
+ConvKind conv_kind(bool doubled, int64_t, int64_t) {
+  return doubled ? ConvKind::kPhased : ConvKind::kDirect;
 }
 
 }  // namespace

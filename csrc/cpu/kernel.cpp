@@ -8,9 +8,13 @@
 // first cache; the combination of the texts goes to the tile's z, all heads wide, and the
 // projection follows while z is in the second. Text and weights come packed (see gemm.h), masked
 // keys left out, so the loops know no mask.
-#include "convolve.h"
 #include "kernels.h"
 #include "softmax.h"
+#if defined(SNOOPI_AMX)
+#include "convolve_tiles.h"
+#else
+#include "convolve_vectors.h"
+#endif
 
 namespace snoopi {
 namespace {
@@ -421,6 +425,7 @@ constexpr Kernel kernel() {
           run<F>,
           W<F>,
           kBlockRows,
+          convolves<F>,
           conv_kind<F>,
           conv_columns<F>,
           conv_tiles<F>,

@@ -23,8 +23,11 @@ struct Kernel {
   void (*run)(const Attention&, const Task&, void* scratch);
   int64_t vector;      // elements
   int64_t block_rows;  // of a product: other numbers of rows cost as much as the next multiple
+  // Whether there is code for a kind, and the kind for a 3x3 convolution, of a doubled picture if
+  // `doubled`. One without code means that PyTorch's is faster.
+  bool (*convolves)(ConvKind);
   ConvKind (*conv_kind)(bool doubled, int64_t c_out, int64_t c_in);
-  int64_t (*conv_columns)(ConvKind);
+  int64_t (*conv_columns)();  // of a panel of weights
   // Most tiles of a convolution's task, and the scratch of one of height x width tiles.
   int64_t (*conv_tiles)(const Conv&);
   int64_t (*conv_bytes)(const Conv&, int64_t height, int64_t width);

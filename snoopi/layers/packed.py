@@ -2,58 +2,83 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snoopi import ops
-from snoopi.ops import ConvPack, GEGLUPack
+from snoopi.ops import ConvPack, GEGLUPack, reference
 
 
-class PackedConv2d(nn.Conv2d):
-    """An nn.Conv2d in every respect; where it may, it runs the native op on packed filters.
+class Packed:
+    """What packed layers have in common: each is the plain layer that it was, and a pack besides.
 
-    It may not where a gradient is wanted, in a compiled graph, under autocast, and once the weight
-    was replaced or changed in place: then it is its plain self.
+    The pack does not serve where a gradient is wanted, in a compiled graph, under autocast, and
+    once the weight was replaced or changed in place: then the layer is its plain self.
     """
 
-    _pack: ConvPack
-    _packed_version: int
+    plain: ClassVar[type[nn.Module]]
+    _pack: Any
+    _version: int
 
-    @staticmethod
-    def packable(module: nn.Module) -> bool:
-        """Whether a module is a plain 3x3 convolution that keeps the size."""
+    @classmethod
+    def _adopt(cls, module: Any, pack: ConvPack | GEGLUPack) -> bool:
+        """Turn a plain layer into this class, if its pack has a native layout."""
+        if pack.packed is None:
+            return False
+        module.__class__ = cls
+        module._pack, module._version = pack, version(module.weight)
+        return True
+
+    def unpack(self) -> None:
+        """Become the plain layer again."""
+        del self._pack, self._version
+        self.__class__ = self.plain  # type: ignore[assignment]
+
+    def _serves(self, x: Tensor, norm: nn.Module | None, kind: type[nn.Module]) -> bool:
+        """Whether the pack stands for the layer with x, after a norm of the kind if given."""
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        assert isinstance(self, nn.Module)
+        weight: Tensor = self.weight  # type: ignore[assignment]
         return (
+            self._pack.weight.data_ptr() == weight.data_ptr()
+            and self._version == version(weight)
+            and x.dtype == weight.dtype
+            and x.device == weight.device
+            and not (torch.is_grad_enabled() and x.requires_grad)
+            and not _watched(self)
+            and (norm is None or (type(norm) is kind and not _watched(norm)))
+        )
+
+
+class PackedConv2d(Packed, nn.Conv2d):
+    """A convolution that runs the native op on packed filters."""
+
+    plain = nn.Conv2d
+    _pack: ConvPack
+
+    @classmethod
+    def pack(cls, module: nn.Conv2d, *, doubled: bool = False) -> bool:
+        """Pack a plain 3x3 convolution that keeps the size; False for others, which stay.
+
+        doubled: packed for the doubled picture before it (see Upsample), and only for that.
+        """
+        packable = (
             type(module) is nn.Conv2d
             and (module.kernel_size, module.stride, module.padding) == ((3, 3), (1, 1), (1, 1))
             and (module.dilation, module.groups, module.padding_mode) == ((1, 1), 1, "zeros")
             and not _hooked(module)
         )
-
-    @classmethod
-    def pack(cls, module: nn.Conv2d, *, doubled: bool = False) -> bool:
-        """Turn a `packable` module into a packed one, if there is a native kernel for it.
-
-        doubled: packed for the doubled picture before it (see Upsample), and only for that.
-        """
-        pack = ops.pack_conv(module.weight.detach(), doubled=doubled)
-        if pack.packed is None:
-            return False
-        module.__class__ = cls
-        assert isinstance(module, PackedConv2d)
-        module._pack, module._packed_version = pack, version(module.weight)
-        return True
-
-    def unpack(self) -> None:
-        """Undo `pack`."""
-        del self._pack, self._packed_version
-        self.__class__ = nn.Conv2d  # type: ignore[assignment]
+        return packable and cls._adopt(
+            module, ops.pack_conv(module.weight.detach(), doubled=doubled)
+        )
 
     def takes(self, x: Tensor, norm: nn.Module | None = None) -> bool:
         """Whether the packed filters serve for x [b c h w], after a GroupNorm and SiLU if given."""
-        if not _serves(self, self._pack.weight, self._packed_version, x):
-            return False
-        return norm is None or (type(norm) is nn.GroupNorm and not _watched(norm))
+        return self._serves(x, norm, nn.GroupNorm)
 
     def forward(self, x: Tensor) -> Tensor:
         """[b c h w] -> [b c_out h w]."""
@@ -81,64 +106,32 @@ class PackedConv2d(nn.Conv2d):
         return self(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
     def _added(self, time: Tensor | None) -> Tensor | None:
-        """Bias and time embedding [b|1 c_out]."""
-        if self.bias is None:
-            return time
-        return self.bias[None] if time is None else self.bias.float() + time.float()
+        """Bias and time embedding [b|1 c_out], their sum in what the op sums in."""
+        if self.bias is None or time is None:
+            return time if self.bias is None else self.bias[None]
+        wide = reference.computing_dtype(time)
+        return self.bias.to(wide) + time.to(wide)
 
 
-class PackedGEGLU(nn.Linear):
-    """The Linear to a GEGLU's values and gates; itself in every respect, and packed besides."""
+class PackedGEGLU(Packed, nn.Linear):
+    """The Linear to a GEGLU's values and gates, packed for what follows it, too."""
 
+    plain = nn.Linear
     _pack: GEGLUPack
-    _packed_version: int
 
     @classmethod
     def pack(cls, module: nn.Linear) -> bool:
-        """Turn a plain Linear into a packed one, if there is a native kernel for it."""
-        if type(module) is not nn.Linear or _hooked(module):
-            return False
-        pack = ops.pack_geglu(module.weight.detach())
-        if pack.packed is None:
-            return False
-        module.__class__ = cls
-        assert isinstance(module, PackedGEGLU)
-        module._pack, module._packed_version = pack, version(module.weight)
-        return True
+        """Pack a plain Linear, if that pays on this processor; False for others, which stay."""
+        packable = type(module) is nn.Linear and not _hooked(module)
+        return packable and cls._adopt(module, ops.pack_geglu(module.weight.detach()))
 
-    def unpack(self) -> None:
-        """Undo `pack`."""
-        del self._pack, self._packed_version
-        self.__class__ = nn.Linear  # type: ignore[assignment]
-
-    def takes(self, x: Tensor, norm: nn.Module) -> bool:
+    def takes(self, x: Tensor, norm: nn.LayerNorm) -> bool:
         """Whether `gated` serves for x [.. c_in] after a LayerNorm."""
-        if not _serves(self, self._pack.weight, self._packed_version, x):
-            return False
-        return type(norm) is nn.LayerNorm and not _watched(norm) and norm.bias is not None
+        return norm.bias is not None and self._serves(x, norm, nn.LayerNorm)
 
     def gated(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """value * gelu(gate) of this Linear's output for norm(x); for x that `takes` it."""
-        how = {"gain": norm.weight, "offset": norm.bias, "eps": norm.eps}
-        return ops.geglu(x, self._pack, self.bias, **how)  # type: ignore[arg-type]
-
-
-PACKED = (PackedConv2d, PackedGEGLU)
-
-
-def _serves(module: nn.Conv2d | nn.Linear, packed: Tensor, at: int, x: Tensor) -> bool:
-    """Whether a pack of a weight at version `at` stands for the module with x."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return False
-    weight = module.weight
-    return (
-        packed.data_ptr() == weight.data_ptr()
-        and at == version(weight)
-        and x.dtype == weight.dtype
-        and x.device == weight.device
-        and not (torch.is_grad_enabled() and x.requires_grad)
-        and not _watched(module)
-    )
+        return ops.geglu(x, self._pack, self.bias, gain=norm.weight, offset=norm.bias, eps=norm.eps)
 
 
 def version(x: Tensor) -> int:

@@ -71,14 +71,19 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b m c] -> [b m c]."""
-        return remake(self._second, self.net["0"].get_submodule("proj")(x))
+        return remake(self._second, self.first(x))
 
     def after(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
         """The same of norm(x): in one pass up to the Linear back, where the first is packed."""
-        first = self.net["0"].get_submodule("proj")
+        first = self.first
         if isinstance(first, PackedGEGLU) and first.takes(x, norm):
             return self.net["2"](first.gated(x, norm))
         return self(norm(x))
+
+    @property
+    def first(self) -> nn.Linear:
+        """The Linear that gives values, then gates."""
+        return self.net["0"].get_submodule("proj")  # type: ignore[return-value]
 
     def _second(self, x: Tensor) -> Tensor:
         value, gate = x.chunk(2, dim=-1)  # [b m 4c] each

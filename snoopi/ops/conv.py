@@ -21,7 +21,8 @@ class ConvPack(NamedTuple):
 
     weight [c_out c_in k k], k = 1 or 3. doubled: the input is doubled by nearest neighbour first.
     kind, packed: how it is computed, and bytes [size] for that; packed is None where there is no
-    native kernel for it. A snapshot: it does not follow later changes of the weight.
+    native kernel for it, or PyTorch's is faster. A snapshot: it does not follow later changes of
+    the weight.
     """
 
     weight: Tensor
@@ -64,9 +65,7 @@ def pack_conv(weight: Tensor, *, doubled: bool = False) -> ConvPack:
         return ConvPack(weight, doubled)
     sizes = (weight.shape[0], weight.shape[1], weight.dtype)
     kind = "pointwise" if side == 1 else torch.ops.snoopi.conv_kind(doubled, *sizes)
-    # Many channels without AMX: PyTorch's convolution is faster there (in fp32 twice as fast).
-    slow = kind == "direct" and not (native.NATIVE.tiles and weight.dtype == torch.bfloat16)
-    if slow or not torch.ops.snoopi.conv_bytes(kind, *sizes):
+    if not torch.ops.snoopi.conv_bytes(kind, *sizes):
         return ConvPack(weight, doubled)
     return ConvPack(weight, doubled, kind, torch.ops.snoopi.pack_conv(weight, kind))
 
