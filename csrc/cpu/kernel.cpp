@@ -415,24 +415,26 @@ constexpr int64_t kMostRows = kBlockRows == 32 ? 256 : 128;
 
 template <typename F>
 constexpr Kernel kernel() {
-  return {text_bytes<F>,
-          pack_text<F>,
-          linear_bytes<F>,
-          pack_linear<F>,
-          kPanelColumns<F>,
-          kMostRows,
-          scratch_bytes<F>,
-          run<F>,
-          W<F>,
-          kBlockRows,
-          convolves<F>,
-          conv_kind<F>,
-          conv_columns<F>,
-          conv_tiles<F>,
-          conv_bytes<F>,
-          run_conv<F>,
-          add_moments<F>,
-          kWorks};
+  return {
+      .text_bytes = text_bytes<F>,
+      .pack_text = pack_text<F>,
+      .linear_bytes = linear_bytes<F>,
+      .pack_linear = pack_linear<F>,
+      .linear_columns = kPanelColumns<F>,
+      .most_rows = kMostRows,
+      .scratch_bytes = scratch_bytes<F>,
+      .run = run<F>,
+      .vector = W<F>,
+      .block_rows = kBlockRows,
+      .convolves = convolves<F>,
+      .conv_kind = conv_kind<F>,
+      .conv_columns = conv_columns<F>,
+      .conv_tiles = conv_tiles<F>,
+      .conv_bytes = conv_bytes<F>,
+      .run_conv = run_conv<F>,
+      .add_moments = add_moments<F>,
+      .works = kWorks,
+  };
 }
 
 }  // namespace
