@@ -126,8 +126,10 @@ def pack_geglu(weight: Tensor) -> GEGLUPack:
     if weight.dim() != 2 or weight.shape[0] % 2:
         raise ValueError(f"weight must be [2c c_in], got {list(weight.shape)}")
     c_out, c_in = weight.shape
-    # Measured where AMX multiplies; elsewhere the products outweigh what is saved beside them.
-    pays = native.NATIVE.tiles and weight.dtype == torch.bfloat16
+    if weight.dtype == torch.bfloat16:
+        pays = native.NATIVE.pairs
+    else:  # deep fp32 weights outweigh what is saved beside their product
+        pays = weight.dtype == torch.float32 and native.NATIVE.attends and c_in <= 640
     if not pays or native.why_not(weight) is not None or c_out % 32 or c_in % 32:
         return GEGLUPack(weight)
     return GEGLUPack(weight, torch.ops.snoopi.pack_geglu(weight))

@@ -17,13 +17,15 @@ class Native(NamedTuple):
 
     projects: it multiplies with the output weights, too; where torch's own product is faster it
     does not. attends: it is faster than scaled_dot_product_attention at one text, and at a
-    picture's attention to itself: with AVX-512. tiles: bf16 is multiplied by AMX.
+    picture's attention to itself: with AVX-512. pairs: bf16 is
+    multiplied in hardware, tiles: by AMX.
     """
 
     loaded: bool
     why: str
     projects: bool = False
     attends: bool = False
+    pairs: bool = False
     tiles: bool = False
 
 
@@ -47,8 +49,8 @@ def load(folder: Path | None = None) -> Native:
     if trouble is None:
         projects = torch.ops.snoopi.linear_bytes(1, 1, torch.float32) > 0
         capability = torch.ops.snoopi.cpu_capability()
-        attends, tiles = "AVX512" in capability, "AMX" in capability
-        return Native(True, f"native CPU op, {capability}", projects, attends, tiles)
+        has = ("AVX512" in capability, "bf16 by" in capability, "AMX" in capability)
+        return Native(True, f"native CPU op, {capability}", projects, *has)
     why = f"the native op snoopi/_cpu.so cannot be loaded: {trouble}"
     warnings.warn(
         f"{why}; the plain PyTorch path is used. Build it again: "

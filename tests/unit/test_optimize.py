@@ -144,8 +144,8 @@ def test_networks_are_packed_and_restored(
     convolutions = sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in net.modules())
     # All but the first of each network, whose channels are few, and the strided ones.
     assert convolutions - 4 <= kinds.count(PackedConv2d) < convolutions
-    amx = NATIVE.tiles and dtype == torch.bfloat16
-    assert (PackedGEGLU in kinds) == (amx and isinstance(net, UNet))
+    pays = NATIVE.pairs if dtype == torch.bfloat16 else NATIVE.attends
+    assert (PackedGEGLU in kinds) == (pays and isinstance(net, UNet))
     assert {n: p is names[n] for n, p in net.named_parameters()} == dict.fromkeys(names, True)
     got = run(net, dtype)
     assert not torch.equal(got, plain)
@@ -247,7 +247,8 @@ def test_geglu() -> None:
         for dtype in DTYPES:
             tensors = [t.to(dtype) for t in (x, weight, bias, gain, offset)]
             pack = ops.pack_geglu(tensors[1])
-            assert (pack.packed is not None) == (NATIVE.tiles and dtype == torch.bfloat16)
+            pays = NATIVE.pairs if dtype == torch.bfloat16 else NATIVE.attends
+            assert (pack.packed is not None) == pays
             for norm in (False, True):
                 how = dict(zip(("gain", "offset"), tensors[3:], strict=True)) if norm else {}
                 wide = [t.double() for t in tensors]
@@ -261,7 +262,7 @@ def test_geglu() -> None:
         ops.geglu(x, ops.pack_geglu(weight), gain=gain)
     with pytest.raises(ValueError, match=r"weight must be \[2c c_in\], got \[191, 64\]"):
         ops.pack_geglu(weight[1:])
-    if NATIVE.tiles:
+    if NATIVE.pairs:
         packed = ops.pack_geglu(weight.bfloat16()).packed
         args = (x.bfloat16(), packed, 192, bias, gain, offset, 1e-5)
         torch.library.opcheck(torch.ops.snoopi.geglu, args)
