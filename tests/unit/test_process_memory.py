@@ -42,25 +42,28 @@ import torch
 from torch import nn
 from snoopi import memory
 
-def faults(side):  # page faults of a warm run, of several the fewest: not every hole is reused
-    net, found = nn.Sequential(nn.GELU(), nn.SiLU(), nn.Tanh()), []
-    x = torch.zeros(side, side)
+def faults(work):  # page faults of a warm run, of several the fewest: not every hole is reused
+    found = []
     with torch.no_grad():
         for _ in range(5):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            net(x)
+            work()
             found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     return min(found[1:])
 
-side = 3072  # 36 MiB a tensor: beyond every threshold of glibc's own
-plain = faults(side)
-assert plain > 2 * side * side * 4 // 4096, plain
+size = 36 << 20  # bytes of a tensor: beyond every threshold of glibc's own
+pages = size // 4096
+x = torch.zeros(size // 4)
+net = nn.Sequential(nn.GELU(), nn.SiLU(), nn.Tanh())
+plain = faults(lambda: net(x))
+assert plain > 2 * pages, plain
 assert memory.keep_freed()
-kept = faults(side)
+kept = faults(lambda: net(x))
 assert kept < plain // 20, (plain, kept)
 assert memory.give_back()
-again = faults(side)
-assert again > plain // 4, (plain, again)  # a block may fit in what glibc itself keeps
+# What small blocks keep apart stays in the heap and is used again; this is too big for any of it.
+big = faults(lambda: torch.ones(16 * size // 4))
+assert big > 15 * pages, (pages, big)
 """
 
 
