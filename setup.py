@@ -42,7 +42,9 @@ COMMON_FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wa
 COMMON_FLAGS += ["-DSNOOPI_AMX_EMULATED"] if EMULATE_AMX else []
 KERNEL_FLAGS = [*COMMON_FLAGS, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 KERNEL_FLAGS += ["-fno-exceptions"]  # they would need the C++ library
-KERNEL_FLAGS += ["-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+KERNEL_FLAGS += ["-Wno-psabi", "-Wno-unknown-pragmas"]
+# GCC 12 warns of its own intrinsics.
+KERNEL_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
 
 def build_mode() -> str:

@@ -51,17 +51,27 @@ constexpr int64_t kTileUnits = 16;  // of 4 bytes, in a tile's row
 // Compilers do not know what memory the loads and stores of tiles touch.
 inline void barrier() { asm volatile("" ::: "memory"); }
 
-// Up to 32 rows (kTall: more than 16) and 32 columns (kWide: more than 16).
+// Up to 32 rows (kTall: more than 16) and 32 columns (kWide: more than 16). `steps` is rounded up
+// to whole tiles. c += if `add`, else c =.
 template <bool kTall, bool kWide>
 inline void multiply_tile_block(const uint32_t* a, int64_t a_stride, const uint32_t* b,
-                                int64_t depth, float* c, int64_t c_stride) {
+                                int64_t steps, float* c, int64_t c_stride, bool add) {
   constexpr int64_t kColumns = kWide ? 32 : 16;
+  float* low = c + kTileRows * c_stride;
+  const int64_t c_bytes = c_stride * 4;
   barrier();
-  SNOOPI_TILE_ZERO(0);
-  if constexpr (kWide) SNOOPI_TILE_ZERO(1);
-  if constexpr (kTall) SNOOPI_TILE_ZERO(2);
-  if constexpr (kTall && kWide) SNOOPI_TILE_ZERO(3);
-  for (int64_t k = 0; k < depth; k += kTileUnits) {
+  if (add) {
+    SNOOPI_TILE_LOAD(0, c, c_bytes);
+    if constexpr (kWide) SNOOPI_TILE_LOAD(1, c + kTileUnits, c_bytes);
+    if constexpr (kTall) SNOOPI_TILE_LOAD(2, low, c_bytes);
+    if constexpr (kTall && kWide) SNOOPI_TILE_LOAD(3, low + kTileUnits, c_bytes);
+  } else {
+    SNOOPI_TILE_ZERO(0);
+    if constexpr (kWide) SNOOPI_TILE_ZERO(1);
+    if constexpr (kTall) SNOOPI_TILE_ZERO(2);
+    if constexpr (kTall && kWide) SNOOPI_TILE_ZERO(3);
+  }
+  for (int64_t k = 0; k < steps; k += kTileUnits) {
     SNOOPI_TILE_LOAD(6, b + k * kColumns, kColumns * 4);
     SNOOPI_TILE_LOAD(4, a + k, a_stride * 4);
     SNOOPI_TILE_DOT(0, 4, 6);
@@ -75,33 +85,25 @@ inline void multiply_tile_block(const uint32_t* a, int64_t a_stride, const uint3
     }
     if constexpr (kTall && kWide) SNOOPI_TILE_DOT(3, 5, 7);
   }
-  SNOOPI_TILE_STORE(0, c, c_stride * 4);
-  if constexpr (kWide) SNOOPI_TILE_STORE(1, c + kTileUnits, c_stride * 4);
-  if constexpr (kTall) SNOOPI_TILE_STORE(2, c + kTileRows * c_stride, c_stride * 4);
-  if constexpr (kTall && kWide) {
-    SNOOPI_TILE_STORE(3, c + kTileRows * c_stride + kTileUnits, c_stride * 4);
-  }
+  SNOOPI_TILE_STORE(0, c, c_bytes);
+  if constexpr (kWide) SNOOPI_TILE_STORE(1, c + kTileUnits, c_bytes);
+  if constexpr (kTall) SNOOPI_TILE_STORE(2, low, c_bytes);
+  if constexpr (kTall && kWide) SNOOPI_TILE_STORE(3, low + kTileUnits, c_bytes);
   barrier();
 }
 
 // See `multiply` in gemm.h.
 inline void multiply_tiles(const uint32_t* a, int64_t a_stride, int64_t rows, const uint32_t* b,
-                           int64_t depth, int64_t vectors, float* c, int64_t c_stride) {
+                           int64_t depth, int64_t begin, int64_t steps, int64_t vectors, float* c,
+                           int64_t c_stride, bool add) {
   const bool tall = rows > kTileRows;
   for (int64_t v = 0; v < vectors; v += 2) {
-    const uint32_t* panel = b + v * kTileUnits * depth;
-    float* to = c + v * kTileUnits;
-    if (v + 1 < vectors) {
-      if (tall) {
-        multiply_tile_block<true, true>(a, a_stride, panel, depth, to, c_stride);
-      } else {
-        multiply_tile_block<false, true>(a, a_stride, panel, depth, to, c_stride);
-      }
-    } else if (tall) {
-      multiply_tile_block<true, false>(a, a_stride, panel, depth, to, c_stride);
-    } else {
-      multiply_tile_block<false, false>(a, a_stride, panel, depth, to, c_stride);
-    }
+    const bool wide = v + 1 < vectors;
+    const uint32_t* panel = b + v * kTileUnits * depth + begin * kTileUnits * (wide ? 2 : 1);
+    const auto block =
+        tall ? (wide ? multiply_tile_block<true, true> : multiply_tile_block<true, false>)
+             : (wide ? multiply_tile_block<false, true> : multiply_tile_block<false, false>);
+    block(a, a_stride, panel, steps, c + v * kTileUnits, c_stride, add);
   }
 }
 

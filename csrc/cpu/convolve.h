@@ -20,7 +20,7 @@ inline int64_t patch_begin(ConvKind kind, int64_t tile) {
   return (kind == ConvKind::kWinograd ? 2 * tile : tile) - 1;
 }
 
-// x[i] = x[i] sigmoid(x[i]); to 2^-14 of it where it need not be exact.
+// x[i] = x[i] sigmoid(x[i]); to 2^-13 of it where it need not be exact.
 template <typename F, int kCount>
 inline void silu(Vec<typename F::Acc>* x) {
   typedef typename F::Acc Acc;
@@ -38,7 +38,7 @@ inline void silu(Vec<typename F::Acc>* x) {
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) p[i] = splat(kNearTerms[0]);
 #pragma GCC unroll 4
-    for (int term = 1; term < 5; ++term) {
+    for (int term = 1; term < kNearCount; ++term) {
 #pragma GCC unroll 4
       for (int i = 0; i < kCount; ++i) p[i] = p[i] * e[i] + kNearTerms[term];
     }

@@ -188,10 +188,10 @@ inline void multiply_in_runs(const typename F::Unit* a, int64_t a_stride, int64_
     const int64_t steps = units - k < kRun ? units - k : kRun;
     const typename F::Unit* b = panel + k * vectors * W<F>;
     if (k == 0) {
-      multiply<F>(a, a_stride, rows, b, steps, steps, vectors, c, c_stride);
+      multiply<F>(a, a_stride, rows, {b, steps, 0, steps, vectors}, c, c_stride);
       continue;
     }
-    multiply<F>(a + k, a_stride, rows, b, steps, steps, vectors, part, kPanelColumns<F>);
+    multiply<F>(a + k, a_stride, rows, {b, steps, 0, steps, vectors}, part, kPanelColumns<F>);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t v = 0; v < vectors * W<F>; v += W<F>) {
         const Vec<Acc> sum = load(c + r * c_stride + v) + load(part + r * kPanelColumns<F> + v);

@@ -34,6 +34,14 @@ inline Vec<Acc> multiply_add(Vec<Acc> sum, Acc a, Vec<Acc> b) {
   return sum + splat(a) * b;
 }
 
+// `vectors` vectors of columns of a packed matrix in panels of `depth` units; of these `steps` are
+// multiplied from `begin` on.
+template <typename F>
+struct Panels {
+  const typename F::Unit* at;
+  int64_t depth, begin, steps, vectors;
+};
+
 #if defined(__AVX512BF16__)
 inline VecF multiply_add(VecF sum, uint32_t a, VecF b) {
   return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
@@ -44,11 +52,18 @@ inline VecF multiply_add(VecF sum, uint32_t a, VecF b) {
 // A block of kRows rows and kVectors vectors of columns.
 template <typename F, int kRows, int kVectors>
 inline void multiply_block(const typename F::Unit* a, int64_t a_stride, const typename F::Unit* b,
-                           int64_t steps, typename F::Acc* c, int64_t c_stride) {
+                           int64_t steps, typename F::Acc* c, int64_t c_stride, bool add) {
   typedef typename F::Acc Acc;
   typedef typename F::Unit Unit;
   constexpr int W = kWidth<Acc>;
   Vec<Acc> sum[kRows][kVectors] = {};
+  if (add) {
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = load(c + r * c_stride + v * W);
+    }
+  }
   // One pointer for three rows: x86 addresses reach the other two by the stride and its double.
   constexpr int kPointers = (kRows + 2) / 3;
   const Unit* row[kPointers];
@@ -76,35 +91,34 @@ inline void multiply_block(const typename F::Unit* a, int64_t a_stride, const ty
 // `multiply` for a number of rows known only now.
 template <typename F, int kRows>
 inline void multiply_rows(const typename F::Unit* a, int64_t a_stride, int64_t rows,
-                          const typename F::Unit* b, int64_t depth, int64_t steps, int64_t vectors,
-                          typename F::Acc* c, int64_t c_stride) {
+                          const Panels<F>& b, typename F::Acc* c, int64_t c_stride, bool add) {
   constexpr int W = kWidth<typename F::Acc>;
   if (rows == kRows) {
-    int64_t v = 0;
-    for (; v + 1 < vectors; v += 2) {
-      multiply_block<F, kRows, 2>(a, a_stride, b + v * W * depth, steps, c + v * W, c_stride);
-    }
-    if (v < vectors) {
-      multiply_block<F, kRows, 1>(a, a_stride, b + v * W * depth, steps, c + v * W, c_stride);
+    for (int64_t v = 0; v < b.vectors; v += 2) {
+      const typename F::Unit* panel = b.at + v * W * b.depth;
+      if (v + 1 < b.vectors) {
+        multiply_block<F, kRows, 2>(a, a_stride, panel + b.begin * 2 * W, b.steps, c + v * W,
+                                    c_stride, add);
+      } else {
+        multiply_block<F, kRows, 1>(a, a_stride, panel + b.begin * W, b.steps, c + v * W, c_stride,
+                                    add);
+      }
     }
   } else if constexpr (kRows > 1) {
-    multiply_rows<F, kRows - 1>(a, a_stride, rows, b, depth, steps, vectors, c, c_stride);
+    multiply_rows<F, kRows - 1>(a, a_stride, rows, b, c, c_stride, add);
   }
 }
 
-// Rows [0, rows) of a times all panels of b. rows is at most kBlockRows, b has `vectors` vectors of
-// columns and panels of `depth` units, of which `steps` are multiplied; the others are zero. a, b
-// and their strides are in units. AMX multiplies whole tiles: a and c have room for kBlockRows rows
-// there, and a is `depth` deep.
+// Rows [0, rows) of a times all panels of b; c += if `add`, else c =. rows is at most kBlockRows.
+// a and the strides are in units. AMX multiplies whole tiles: a and c have room for kBlockRows rows
+// there, and a is as deep as whole tiles of steps; behind the last step b has zeros.
 template <typename F>
-inline void multiply(const typename F::Unit* a, int64_t a_stride, int64_t rows,
-                     const typename F::Unit* b, int64_t depth, int64_t steps, int64_t vectors,
-                     typename F::Acc* c, int64_t c_stride) {
+inline void multiply(const typename F::Unit* a, int64_t a_stride, int64_t rows, const Panels<F>& b,
+                     typename F::Acc* c, int64_t c_stride, bool add = false) {
 #if defined(SNOOPI_AMX)
-  multiply_tiles(a, a_stride, rows, b, depth, vectors, c, c_stride);
-  (void)steps;
+  multiply_tiles(a, a_stride, rows, b.at, b.depth, b.begin, b.steps, b.vectors, c, c_stride, add);
 #else
-  multiply_rows<F, kBlockRows>(a, a_stride, rows, b, depth, steps, vectors, c, c_stride);
+  multiply_rows<F, kBlockRows>(a, a_stride, rows, b, c, c_stride, add);
 #endif
 }
 

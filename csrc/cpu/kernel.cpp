@@ -19,16 +19,25 @@
 namespace snoopi {
 namespace {
 
+// Keys at a time: their products with a block of rows, the exponentials of these, and the keys and
+// values themselves pass through the first cache.
+#if defined(SNOOPI_AMX)
+constexpr int64_t kKeys = 256;
+#else
+constexpr int64_t kKeys = 512;
+#endif
+
 // What a thread works in.
 template <typename F>
 struct Scratch {
   typename F::Unit* q;              // [block, depth of d]: queries that cannot be used in place
-  typename F::Acc* s[kMaxTexts];    // [block, n]: products with the keys
-  typename F::Unit* p[kMaxTexts];   // [block, depth of n]: exponentials; s itself where it can be
+  typename F::Acc* s[kMaxTexts];    // [block, keys at once]: products with the keys
+  typename F::Unit* p[kMaxTexts];   // [block, depth of these]: exponentials; s itself where it can
   typename F::Acc* o[kMaxTexts];    // [block, d]: products of the exponentials with the values
   typename F::Acc* max[kMaxTexts];  // [block]: the largest logit, times log2 e
   typename F::Acc* sum[kMaxTexts];  // [block]: of the exponentials
   typename F::Acc* weight[kMaxTexts];  // [block]: what o counts for
+  typename F::Acc* factor;             // [block]: what the sums before a run of keys count for
   typename F::Element* z[2];  // [rows, depth of h d]: a task's rows, all heads; NAG: by text
   typename F::Acc* y;         // [block, panel]: projected
   int64_t q_stride, n_stride[kMaxTexts], p_stride[kMaxTexts], o_stride, z_stride;  // in units
@@ -52,7 +61,7 @@ int64_t lay_out(const Attention& call, char* memory, Scratch<F>* scratch) {
   scratch->o_stride = vectors_of<F>(call.d) * W<F>;
   take(&scratch->q, kBlockRows * scratch->q_stride);
   for (int t = 0; t < call.num_texts; ++t) {
-    const int64_t n = call.texts[t].n;
+    const int64_t n = call.texts[t].n < kKeys ? call.texts[t].n : kKeys;
     scratch->n_stride[t] = vectors_of<F>(n) * W<F>;
     take(&scratch->s[t], kBlockRows * scratch->n_stride[t]);
     if constexpr (F::kPerUnit == 1) {
@@ -67,6 +76,7 @@ int64_t lay_out(const Attention& call, char* memory, Scratch<F>* scratch) {
     take(&scratch->sum[t], kBlockRows + W<F>);
     take(&scratch->weight[t], kBlockRows + W<F>);
   }
+  take(&scratch->factor, kBlockRows + W<F>);
   scratch->z_stride = 0;
   if (keeps_rows(call)) {
     // A vector more: the last head's last vector may be wider than what is left of the row, and
@@ -177,6 +187,14 @@ void combine(const Attention& call, const bool* live, int begin, int end, int64_
   run(texts, call.d, rows, scratch, to, to_stride, room);
 }
 
+// o[r] *= factor[r]
+template <typename F>
+void shrink_rows(int64_t rows, const typename F::Acc* factor, typename F::Acc* o, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r, o += stride) {
+    for (int64_t i = 0; i < stride; i += W<F>) store(o + i, load(o + i) * splat(factor[r]));
+  }
+}
+
 // One block of rows of one head: attention to every text, combined into z or the outputs.
 template <typename F>
 void attend(const Attention& call, const Task& task, int64_t m, int64_t rows, int64_t h,
@@ -204,7 +222,9 @@ void attend(const Attention& call, const Task& task, int64_t m, int64_t rows, in
     q_stride = call.q_stride[1] / F::kPerUnit;
   }
   const auto steps = [](int64_t x) { return (x + F::kPerUnit - 1) / F::kPerUnit; };
+  const int64_t units = depth_units<F>(d);
   const bool exact = call.combine == Combine::kTwin;  // the sum is a result, too
+  const auto exps = exact ? exponentials<F, true> : exponentials<F, F::kExactExp>;
   bool live[kMaxTexts];
   for (int t = 0; t < call.num_texts; ++t) {
     const PackedText& text = call.texts[t];
@@ -217,13 +237,18 @@ void attend(const Attention& call, const Task& task, int64_t m, int64_t rows, in
     const char* data = text.data + b * text.batch_stride + h * text.head_stride;
     const Unit* keys = reinterpret_cast<const Unit*>(data);
     const Unit* values = reinterpret_cast<const Unit*>(data + key_bytes<F>(text.n, d));
-    multiply<F>(q, q_stride, rows, keys, depth_units<F>(d), steps(d), vectors_of<F>(n),
-                scratch.s[t], scratch.n_stride[t]);
-    const auto exps = exact ? exponentials<F, true> : exponentials<F, F::kExactExp>;
-    exps(rows, n, call.softmax_scale, scratch.s[t], scratch.n_stride[t], scratch.p[t],
-         scratch.p_stride[t], scratch.max[t], scratch.sum[t]);
-    multiply<F>(scratch.p[t], scratch.p_stride[t], rows, values, depth_units<F>(n), steps(n),
-                vectors_of<F>(d), scratch.o[t], scratch.o_stride);
+    for (int64_t i = 0; i < n; i += kKeys) {
+      const int64_t count = n - i < kKeys ? n - i : kKeys;
+      multiply<F>(q, q_stride, rows, {keys + i * units, units, 0, steps(d), vectors_of<F>(count)},
+                  scratch.s[t], scratch.n_stride[t]);
+      const bool moved =
+          exps(rows, count, call.softmax_scale, i == 0, scratch.s[t], scratch.n_stride[t],
+               scratch.p[t], scratch.p_stride[t], scratch.max[t], scratch.sum[t], scratch.factor);
+      if (moved) shrink_rows<F>(rows, scratch.factor, scratch.o[t], scratch.o_stride);
+      multiply<F>(scratch.p[t], scratch.p_stride[t], rows,
+                  {values, depth_units<F>(n), i / F::kPerUnit, steps(count), vectors_of<F>(d)},
+                  scratch.o[t], scratch.o_stride, i > 0);
+    }
   }
   const Acc* strength = static_cast<const Acc*>(call.strength);
   if (strength != nullptr) strength += b * call.m + m;
@@ -328,8 +353,8 @@ void project(const Attention& call, const Task& task, const Scratch<F>& scratch)
     for (int64_t r = 0; r < rows; r += kBlockRows) {
       const int64_t count = rows - r < kBlockRows ? rows - r : kBlockRows;
       const Unit* z = reinterpret_cast<const Unit*>(scratch.z[0]) + r * scratch.z_stride;
-      multiply<F>(z, scratch.z_stride, count, w, units, steps, vectors_of<F>(columns), scratch.y,
-                  kColumns);
+      multiply<F>(z, scratch.z_stride, count, {w, units, 0, steps, vectors_of<F>(columns)},
+                  scratch.y, kColumns);
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t v = 0; v < columns; v += kW) {
           const Vec<Acc> y = load(scratch.y + i * kColumns + v) + load(added + v);
@@ -391,7 +416,7 @@ bool tiles_work() {
   for (int i = 0; i < kDepth * kColumns; ++i) b[i] = pair(i % 3 - 1, i % 11 - 5);
   {
     const Tiles tiles;
-    multiply_tiles(a, kDepth, kRows, b, kDepth, 2, c, kColumns);
+    multiply_tiles(a, kDepth, kRows, b, kDepth, 0, kDepth, 2, c, kColumns, false);
   }
   for (int r = 0; r < kRows; ++r) {
     for (int j = 0; j < kColumns; ++j) {

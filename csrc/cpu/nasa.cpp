@@ -182,11 +182,12 @@ struct Call {
   }
 
   // Query rows of a task. A task walks through all keys, values and weights once, so it should have
-  // many rows; but there should be a task for each thread, and the rows stay in the second cache.
+  // many rows; but there should be a task for each thread, and rows that are kept, of one attention
+  // or two, stay in the second cache.
   int64_t rows_of_a_task() const {
-    constexpr int64_t kFewest = 32;
-    const bool two = attention.combine == Combine::kNAG;  // attentions of the rows are kept
-    const int64_t most = two ? kernel.most_rows / 2 : kernel.most_rows;
+    constexpr int64_t kFewest = 32, kUnkept = 2048;
+    const int64_t kept = attention.combine == Combine::kNAG ? 2 : attention.w == nullptr ? 0 : 1;
+    const int64_t most = kept == 0 ? kUnkept : kernel.most_rows / kept;
     const int64_t threads = at::get_num_threads();
     int64_t tasks = attention.b * at::divup(attention.m, most);
     tasks = at::divup(tasks, threads) * threads;

@@ -83,17 +83,18 @@ constexpr float kExactTerms[] = {0x1.41d334p-13f,
                                  0x1.ebfbdap-3f,
                                  0x1.62e430p-1f,
                                  1.0f};
-constexpr float kNearTerms[] = {0x1.3997d6p-7f, 0x1.ca1440p-5f, 0x1.ec06dap-3f, 0x1.62e0dcp-1f,
-                                0x1.ffffe8p-1f};
+constexpr float kNearTerms[] = {0x1.c3f760p-5f, 0x1.f0de1ap-3f, 0x1.62f31ap-1f, 0x1.fff692p-1f};
+constexpr int kExactCount = sizeof(kExactTerms) / sizeof(float);
+constexpr int kNearCount = sizeof(kNearTerms) / sizeof(float);
 
 // x[i] = 2^x[i] for x <= 0; below 2^-125 it stays there. NaN stays NaN. Within 2e-8 of its value,
-// or 3e-6 if it need not be `kExact`, which is plenty where the result is rounded to bf16. Several
-// at a time, because the chain of one is long and a processor's queues are short.
+// or 8e-5 if it need not be `kExact`, where it is rounded to bf16 (2e-3). Several at a time,
+// because the chain of one is long and a processor's queues are short.
 template <bool kExact, int kCount>
 inline void exp2_nonpositive(VecF* x) {
   // Adding 1.5 * 2^23 rounds to an integer, held in the low bits; + 127 is the exponent's bias.
   const float magic = 12582912.0f + 127.0f;
-  constexpr int kTerms = kExact ? 7 : 5;
+  constexpr int kTerms = kExact ? kExactCount : kNearCount;
   constexpr const float* kTerm = kExact ? kExactTerms : kNearTerms;
   VecF shifted[kCount], p[kCount];
 #pragma GCC unroll 4

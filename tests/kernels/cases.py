@@ -38,6 +38,7 @@ class Case:
     outliers: bool = False
     shared: bool = False  # negative and null text of batch 1
     strided: bool = False
+    rising: bool = False  # later keys are larger: so is the largest logit of all so far
 
     def __str__(self) -> str:
         shown = {k: v for k, v in vars(self).items() if v != self.__dataclass_fields__[k].default}
@@ -70,6 +71,7 @@ CASES = [
     Case(d=64, n=20, outliers=True, spread=10.0, mask="random", strength=True, null=True),
     Case(m=33, d=16, strided=True, null=True, mask="random", strength=True),
     Case(m=31, d=40, strided=True, shared=True, c_out=None),
+    Case(m=33, n=1100, n_neg=600, d=40, rising=True, mask="random", null=True),
 ]
 
 
@@ -136,6 +138,8 @@ def make(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> Input
 
     def text(n: int, batch: int) -> list[Tensor]:
         k, v = draw(batch, n, h, d), draw(batch, n, h, d)
+        if case.rising:
+            k *= torch.linspace(0.1, 8.0, n)[None, :, None, None].to(dtype)
         if case.outliers:
             k[:, :: max(n // 3, 1)] *= 30.0
             v[:, :: max(n // 2, 1)] *= 100.0

@@ -21,6 +21,7 @@ CASES = [
     Case(m=33, n=300, d=160, h=3),
     Case(m=35, n=120, d=72, outliers=True, spread=10.0),
     Case(m=33, n=31, d=16, strided=True),
+    Case(m=33, n=1100, d=64, rising=True),
 ]
 NAMES = ("q", "k", "v")
 
