@@ -167,8 +167,11 @@ Tensor channels_last(const Tensor& x, at::ScalarType type) {
 std::pair<int64_t, int64_t> block_of(const Conv& call, const Kernel& kernel, int64_t height,
                                      int64_t width) {
   const int64_t rows = kernel.block_rows;
-  // No more than what gives every thread a task.
-  const int64_t share = at::divup(call.b * height * width, at::get_num_threads());
+  // No more than what gives every thread a task; of few pixels each has its output columns, so that
+  // the weights pass from memory once.
+  const int64_t all = call.b * height * width;
+  const bool few = call.b == 1 && all <= kernel.conv_tiles(call);
+  const int64_t share = few ? all : at::divup(all, at::get_num_threads());
   const int64_t most =
       std::max(rows, std::min(kernel.conv_tiles(call), at::divup(share, rows) * rows));
   const int64_t step = call.kind == ConvKind::kWinograd ? 2 : 1;

@@ -15,11 +15,13 @@ namespace {
 
 constexpr int kGroupTiles = 4;
 
-// Vectors of columns whose sums are kept. A pointwise product has few sums by chunk and often
-// thousands of columns, whose sums would push each other out of the second cache.
+// Vectors of columns whose sums are kept at a time, all about as many: thousands of columns would
+// push each other's sums out of the second cache.
 inline int64_t column_tiles(ConvKind kind, int64_t columns) {
   const int64_t all = (columns + kTileUnits - 1) / kTileUnits;
-  return kind == ConvKind::kPointwise && all > 8 ? 8 : all;
+  const int64_t most = kind == ConvKind::kPointwise ? 8 : 20;
+  const int64_t parts = (all + most - 1) / most;
+  return kind == ConvKind::kPointwise && all > most ? most : (all + parts - 1) / parts;
 }
 
 // Pixels of a task of height x width pixels: where in the patch each tile of 16 begins.
@@ -252,7 +254,7 @@ int64_t conv_columns() {
 template <typename F>
 int64_t conv_tiles(const Conv& call) {
   if (call.kind == ConvKind::kPointwise) return 128;
-  return call.c_in <= 640 && call.c_out <= 640 ? 256 : 128;
+  return 256;
 }
 
 template <typename F>
