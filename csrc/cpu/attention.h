@@ -54,7 +54,7 @@ struct Attention {
   double nag_tau, nag_blend;
   int nag_norm;      // 1 or 2, over all heads of a row
   const void* w;     // [c_out h*d] in the kernel's layout; null: no projection
-  const void* bias;  // [c_out], or null
+  const void* bias;  // [c_out] in the accumulator's type, or null
   int64_t c_out;
   void*
       out[kMaxTexts];  // contiguous: [b m c_out] with a projection, else [b m h d]; by text if twin

@@ -14,20 +14,16 @@ namespace snoopi {
 namespace {
 
 ConvKind kind_of(const std::string& name) {
-  if (name == "pointwise") return ConvKind::kPointwise;
   if (name == "direct") return ConvKind::kDirect;
   if (name == "winograd") return ConvKind::kWinograd;
   if (name == "phased") return ConvKind::kPhased;
   TORCH_CHECK(name == "doubled",
-              "snoopi: a convolution must be pointwise, direct, winograd, doubled or phased, got ",
-              name);
+              "snoopi: a convolution must be direct, winograd, doubled or phased, got ", name);
   return ConvKind::kDoubled;
 }
 
 std::string name_of(ConvKind kind) {
   switch (kind) {
-    case ConvKind::kPointwise:
-      return "pointwise";
     case ConvKind::kDirect:
       return "direct";
     case ConvKind::kWinograd:
@@ -142,10 +138,8 @@ Tensor pack_matrices(const Tensor& parts, at::ScalarType type) {
 
 Tensor pack_conv(const Tensor& weight, std::string name) {
   const ConvKind kind = kind_of(name);
-  const int64_t side = kind == ConvKind::kPointwise ? 1 : 3;
-  TORCH_CHECK(weight.dim() == 4 && weight.size(2) == side && weight.size(3) == side,
-              "snoopi: the weight of a ", name, " convolution must be [c_out c_in ", side, " ",
-              side, "], got ", weight.sizes());
+  TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
+              "snoopi: the weight of a convolution must be [c_out c_in 3 3], got ", weight.sizes());
   TORCH_CHECK(weight.size(1) % kConvChannels == 0, "snoopi: c_in must be a multiple of ",
               kConvChannels, ", got ", weight.size(1));
   const at::ScalarType type = computing_type(weight.scalar_type());
@@ -175,14 +169,13 @@ std::pair<int64_t, int64_t> block_of(const Conv& call, const Kernel& kernel, int
   const int64_t most =
       std::max(rows, std::min(kernel.conv_tiles(call), at::divup(share, rows) * rows));
   const int64_t step = call.kind == ConvKind::kWinograd ? 2 : 1;
-  const int64_t border = call.kind == ConvKind::kPointwise ? 0 : 2;
   std::pair<int64_t, int64_t> best = {1, 1};
   int64_t least = -1;
   for (int64_t w = 1; w <= std::min(width, most); ++w) {
     const int64_t h = std::min(height, most / w);
     const int64_t blocks = at::divup(height, h) * at::divup(width, w);
     const int64_t cost = blocks * (4 * step * step * at::divup(h * w, rows) * rows +
-                                   (step * h + border) * (step * w + border));
+                                   (step * h + 2) * (step * w + 2));
     if (least < 0 || cost < least) best = {h, w}, least = cost;
   }
   return best;
@@ -199,9 +192,7 @@ void run(const Conv& call, const Kernel& kernel) {
   const int64_t panels = at::divup(call.c_out, of_panel);
   const bool uneven = blocks < 4 * threads && blocks % threads != 0;
   const int64_t parts = uneven ? std::min(threads, panels) : 1;
-  // A gate is not parted from its value.
-  const int64_t of_part = at::divup(panels, parts) * of_panel;
-  const int64_t columns = call.geglu ? at::divup(of_part, 2 * of_panel) * 2 * of_panel : of_part;
+  const int64_t columns = at::divup(panels, parts) * of_panel;
   const int64_t work =
       block_h * block_w * positions_of(call.kind) * columns * depth_of(call.kind, call.c_in);
   parallel(blocks * parts, work, [&](int64_t begin, int64_t end) {
@@ -264,66 +255,7 @@ Tensor conv(const Tensor& x, const Tensor& weight, std::string name, int64_t c_o
     call.residual = rest.const_data_ptr();
   }
   call.out = out.mutable_data_ptr();
-  if (kind == ConvKind::kPointwise) call.w *= call.h, call.h = 1;
   if (out.numel() > 0) run(call, kernel_for(type));
-  return out.scalar_type() == x.scalar_type() ? out : out.to(x.scalar_type());
-}
-
-// Columns in the order in which the kernel wants them: of `vector` values and `vector` gates.
-Tensor paired(const Tensor& rows, int64_t vector) {
-  const int64_t blocks = rows.size(0) / (2 * vector);
-  const Tensor parted = rows.contiguous().view({2, blocks, vector, -1});
-  return parted.transpose(0, 1).contiguous().view({rows.size(0), -1});
-}
-
-// The weight [2c c_in] of a Linear whose outputs are c values, then c gates, for `geglu`.
-Tensor pack_geglu(const Tensor& weight) {
-  TORCH_CHECK(weight.dim() == 2, "snoopi: a weight must be [2c c_in], got ", weight.sizes());
-  const at::ScalarType type = computing_type(weight.scalar_type());
-  const int64_t vector = kernel_for(type).vector, c_out = weight.size(0), c_in = weight.size(1);
-  TORCH_CHECK(conv_size(ConvKind::kPointwise, c_out, c_in, type) > 0 && c_out % (2 * vector) == 0,
-              "snoopi: this processor's kernel packs no gated ", c_out, "x", c_in, " weight");
-  const Tensor rows = paired(weight.to(type), vector);
-  return pack_matrices(rows.unsqueeze(0), type);
-}
-
-// value * gelu(gate) with value, gate = norm(x) w^T + bias in halves, for rows x [.. c_in].
-Tensor geglu(const Tensor& x, const Tensor& weight, int64_t c_out, const OptionalTensor& bias,
-             const OptionalTensor& gain, const OptionalTensor& offset, double eps) {
-  const at::ScalarType type = computing_type(x.scalar_type()), sums = accumulator(type);
-  const Kernel& kernel = kernel_for(type);
-  const int64_t c_in = x.size(-1), rows = x.numel() / std::max<int64_t>(c_in, 1);
-  const int64_t size = conv_size(ConvKind::kPointwise, c_out, c_in, type);
-  TORCH_CHECK(weight.dim() == 1 && weight.size(0) == size && size > 0 &&
-                  weight.scalar_type() == at::kByte && weight.is_contiguous() &&
-                  c_out % (2 * kernel.vector) == 0,
-              "snoopi: a packed gated weight of ", c_in, " to ", c_out, " channels must be [", size,
-              "] bytes, got ", weight.sizes(), "; pack_geglu makes it, for this processor");
-  const Tensor input = x.to(type).contiguous();
-  Conv call = {};
-  call.kind = ConvKind::kPointwise, call.b = 1, call.h = 1, call.w = rows;
-  call.c_in = c_in, call.c_out = c_out, call.geglu = true;
-  call.x = input.const_data_ptr();
-  call.weight = weight.const_data_ptr();
-  Tensor scales, shifts, sum;
-  if (gain.has_value() && offset.has_value()) {
-    TORCH_CHECK(gain->numel() == c_in && offset->numel() == c_in, "snoopi: a norm must be [", c_in,
-                "], got ", gain->sizes(), " and ", offset->sizes());
-    scales = gain->to(sums).contiguous(), shifts = offset->to(sums).contiguous();
-    call.scale = scales.const_data_ptr(), call.shift = shifts.const_data_ptr();
-    call.by_pixel = true, call.eps = eps;
-  }
-  if (bias.has_value()) {
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == c_out, "snoopi: bias must be [", c_out,
-                "], got ", bias->sizes());
-    sum = paired(bias->to(sums), kernel.vector);
-    call.added = sum.const_data_ptr();
-  }
-  at::DimVector sizes(x.sizes());
-  sizes.back() = c_out / 2;
-  const Tensor out = at::empty(sizes, x.options().dtype(type));
-  call.out = out.mutable_data_ptr();
-  if (out.numel() > 0) run(call, kernel);
   return out.scalar_type() == x.scalar_type() ? out : out.to(x.scalar_type());
 }
 
@@ -397,8 +329,6 @@ std::tuple<Tensor, Tensor> group_norm_fold(const Tensor& x, int64_t groups,
 TORCH_LIBRARY_IMPL(snoopi, CPU, m) {
   m.impl("conv", &snoopi::conv);
   m.impl("pack_conv", &snoopi::pack_conv);
-  m.impl("geglu", &snoopi::geglu);
-  m.impl("pack_geglu", &snoopi::pack_geglu);
   m.impl("group_norm_fold", &snoopi::group_norm_fold);
 }
 

@@ -7,11 +7,10 @@ namespace snoopi {
 
 // How a convolution of stride 1, padded with zeros to keep its size, becomes products of matrices.
 enum class ConvKind {
-  kPointwise,  // 1x1: rows are pixels
-  kDirect,     // 3x3: rows are pixels, nine times as deep
-  kWinograd,   // 3x3 by F(2x2, 3x3) of Lavin & Gray (2016): 16 products for four pixels, not 36
-  kDoubled,    // the same of a picture doubled by nearest neighbour: 7 of the 16 are 0
-  kPhased,     // of a doubled picture, too: a 2x2 filter for each of the four pixels of a pixel
+  kDirect,    // 3x3: rows are pixels, nine times as deep
+  kWinograd,  // 3x3 by F(2x2, 3x3) of Lavin & Gray (2016): 16 products for four pixels, not 36
+  kDoubled,   // the same of a picture doubled by nearest neighbour: 7 of the 16 are 0
+  kPhased,    // of a doubled picture, too: a 2x2 filter for each of the four pixels of a pixel
 };
 
 namespace {  // a copy for every object: each is compiled for another processor
@@ -48,9 +47,7 @@ inline int64_t chunk_of(int64_t c_in) {
 }  // namespace
 
 // out = conv(act(scale x + shift)) + added + residual. All pictures are [b h w c] contiguous; what
-// is null is left out. by_pixel: every pixel's channels are first brought to mean 0 and variance 1.
-// geglu: of every 2 * `Kernel::vector` columns the first half is a value and the second its gate;
-// value * gelu(gate) leaves, c_out / 2 wide.
+// is null is left out.
 struct Conv {
   ConvKind kind;
   int64_t b, h, w, c_in, c_out;  // of the input; 2h x 2w leave where it doubles
@@ -58,9 +55,7 @@ struct Conv {
   const void* scale;  // [b|1 c_in] and so shift, in the accumulator's type: a norm
   const void* shift;
   int64_t norm_stride;  // 0: one serves the whole batch
-  bool by_pixel;
-  double eps;
-  bool silu, geglu;
+  bool silu;
   const void* weight;    // positions, in each panels of [`conv_columns` depth] by `pack_linear`
   const void* added;     // [b|1 c_out] in the accumulator's type: bias, time embedding
   int64_t added_stride;  // 0: one serves the whole batch

@@ -5,18 +5,15 @@
 
 #include "conv.h"
 #include "pack.h"
-#include "softmax.h"
 
 namespace snoopi {
 namespace {
 
 // Source pixels that a block of `tiles` tiles in a row reads, and where they begin before it.
 inline int64_t patch_side(ConvKind kind, int64_t tiles) {
-  if (kind == ConvKind::kPointwise) return tiles;
   return (kind == ConvKind::kWinograd ? 2 * tiles : tiles) + 2;
 }
 inline int64_t patch_begin(ConvKind kind, int64_t tile) {
-  if (kind == ConvKind::kPointwise) return tile;
   return (kind == ConvKind::kWinograd ? 2 * tile : tile) - 1;
 }
 
@@ -59,14 +56,12 @@ inline void silu(Vec<typename F::Acc>* x) {
   for (int i = 0; i < kCount; ++i) x[i] *= (x[i] > 0 ? splat(Acc(1)) : e[i]) / (e[i] + 1);
 }
 
-enum class Norm { kNone, kChannel, kPixel };
-
 // A task's input, normalized and activated: channels [begin, end) of [rows, columns] pixels, in
 // parts of `chunk` channels that lie `chunk_stride` apart. A pixel's channels come in one go, since
 // that is how they lie in memory.
-template <typename F, Norm kNorm, bool kSiLU, typename To>
-void fill_patch(const Conv& call, const ConvTask& task, int64_t begin, int64_t end,
-                const typename F::Acc* moments, To* patch, int64_t chunk, int64_t chunk_stride) {
+template <typename F, bool kNorm, bool kSiLU, typename To>
+void fill_patch(const Conv& call, const ConvTask& task, int64_t begin, int64_t end, To* patch,
+                int64_t chunk, int64_t chunk_stride) {
   typedef typename F::T T;
   typedef typename F::Acc Acc;
   constexpr int kW = W<F>;
@@ -79,7 +74,7 @@ void fill_patch(const Conv& call, const ConvTask& task, int64_t begin, int64_t e
   const T* x = static_cast<const T*>(call.x) + task.b * call.h * call.w * call.c_in;
   const Acc* scale = nullptr;
   const Acc* shift = nullptr;
-  if constexpr (kNorm != Norm::kNone) {
+  if constexpr (kNorm) {
     scale = static_cast<const Acc*>(call.scale) + task.b * call.norm_stride;
     shift = static_cast<const Acc*>(call.shift) + task.b * call.norm_stride;
   }
@@ -90,10 +85,6 @@ void fill_patch(const Conv& call, const ConvTask& task, int64_t begin, int64_t e
       const bool inside = y >= 0 && y < call.h && at >= 0 && at < call.w;
       const T* from = x + (y * call.w + at) * call.c_in;
       To* to = patch;
-      Vec<Acc> by_pixel[2] = {};
-      if constexpr (kNorm == Norm::kPixel) {
-        for (int k = 0; k < 2; ++k) by_pixel[k] = splat(moments[2 * (i * columns + j) + k]);
-      }
       for (int64_t c = begin; c < end; to += chunk_stride) {
         for (const int64_t stop = c + chunk; c < stop; c += kGroup * kW) {
           Vec<Acc> z[kGroup] = {};
@@ -101,8 +92,7 @@ void fill_patch(const Conv& call, const ConvTask& task, int64_t begin, int64_t e
 #pragma GCC unroll 4
             for (int v = 0; v < kGroup; ++v) {
               z[v] = widen_load(from + c + v * kW);
-              if constexpr (kNorm == Norm::kPixel) z[v] = z[v] * by_pixel[0] + by_pixel[1];
-              if constexpr (kNorm != Norm::kNone) {
+              if constexpr (kNorm) {
                 z[v] = z[v] * load(scale + c + v * kW) + load(shift + c + v * kW);
               }
             }
@@ -117,102 +107,13 @@ void fill_patch(const Conv& call, const ConvTask& task, int64_t begin, int64_t e
 }
 
 template <typename F, typename To>
-void fill_patch(const Conv& call, const ConvTask& task, int64_t begin, int64_t end,
-                const typename F::Acc* moments, To* patch, int64_t chunk, int64_t chunk_stride) {
-  const auto fill = call.by_pixel           ? fill_patch<F, Norm::kPixel, false, To>
-                    : call.scale == nullptr ? call.silu ? fill_patch<F, Norm::kNone, true, To>
-                                                        : fill_patch<F, Norm::kNone, false, To>
-                    : call.silu             ? fill_patch<F, Norm::kChannel, true, To>
-                                            : fill_patch<F, Norm::kChannel, false, To>;
-  fill(call, task, begin, end, moments, patch, chunk, chunk_stride);
-}
-
-// x * first + second has mean 0 and variance 1 over a pixel's channels; of a kPointwise task.
-template <typename F>
-void pixel_moments(const Conv& call, const ConvTask& task, typename F::Acc* moments) {
-  typedef typename F::T T;
-  typedef typename F::Acc Acc;
-  constexpr int kW = W<F>;
-  const T* x = static_cast<const T*>(call.x) + (task.b * call.w + task.x_begin) * call.c_in;
-  const auto total = [](Vec<Acc> sum) {
-    Acc all = 0;
-    for (int lane = 0; lane < kW; ++lane) all += sum[lane];
-    return all;
-  };
-  for (int64_t i = task.x_begin; i < task.x_end; ++i, x += call.c_in, moments += 2) {
-    Vec<Acc> sum = {}, more = {};
-    for (int64_t c = 0; c < call.c_in; c += 2 * kW) {
-      sum += widen_load(x + c);
-      more += widen_load(x + c + kW);
-    }
-    const Acc mean = total(sum + more) / static_cast<Acc>(call.c_in);
-    Vec<Acc> squares = {}, others = {};
-    for (int64_t c = 0; c < call.c_in; c += 2 * kW) {
-      const Vec<Acc> y = widen_load(x + c) - mean, z = widen_load(x + c + kW) - mean;
-      squares += y * y;
-      others += z * z;
-    }
-    const Acc variance = total(squares + others) / static_cast<Acc>(call.c_in);
-    moments[0] = 1 / square_root(variance + static_cast<Acc>(call.eps));
-    moments[1] = -mean * moments[0];
-  }
-}
-
-// Vector i of a row of which `count` elements are left.
-template <typename Acc, typename T>
-inline Vec<Acc> widen_load(const T* from, int64_t count) {
-  constexpr int kW = kWidth<Acc>;
-  if (count >= kW) return widen_load(from);
-  T lanes[kW] = {};
-  for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
-  return widen_load(lanes);
-}
-
-// x 0.5 (1 + erf(x / sqrt 2)); erf by formula 7.1.26 of Abramowitz and Stegun, within 1.5e-7, or
-// 1e-4 of 1 - erf if it need not be exact.
-template <bool kExact>
-inline VecF gelu(VecF x) {
-  const VecF y = greater(x, -x) * 0.70710678f;  // |x| / sqrt 2
-  VecF e[1] = {y * y * static_cast<float>(-kLog2E)};
-  exp2_nonpositive<kExact, 1>(e);
-  VecF t = y * 0.3275911f + 1.0f;
-#if defined(__AVX512F__)
-  t = kExact ? 1.0f / t : (VecF)_mm512_rcp14_ps((__m512)t);
-#else
-  t = 1.0f / t;
-#endif
-  VecF p = t * 1.061405429f - 1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t - 0.284496736f;
-  p = p * t + 0.254829592f;
-  const VecF below = p * t * e[0] * 0.5f;  // of -|x|: 0.5 (1 - erf)
-  return x * (x > 0 ? 1.0f - below : below);
-}
-template <bool kExact>
-inline VecD gelu(VecD x) {
-  for (int i = 0; i < kWidth<double>; ++i) {
-    x[i] *= 0.5 * (1 + __builtin_erf(x[i] * 0.70710678118654752440));
-  }
-  return x;
-}
-
-// The pair of vectors that begins at column j, value and gate, of all pixels of a pointwise task.
-template <typename F>
-void leave_gated(const Conv& call, const ConvTask& task, int64_t j, const typename F::Acc* value,
-                 const typename F::Acc* gate, int64_t stride) {
-  typedef typename F::T T;
-  typedef typename F::Acc Acc;
-  constexpr int kW = W<F>;
-  const int64_t width = call.c_out / 2;
-  T* out = static_cast<T*>(call.out) + (task.b * call.w + task.x_begin) * width + j / 2;
-  const Acc* added = static_cast<const Acc*>(call.added) + task.b * call.added_stride + j;
-  const bool adds = call.added != nullptr;
-  const Vec<Acc> of_value = adds ? load(added) : Vec<Acc>{};
-  const Vec<Acc> of_gate = adds ? load(added + kW) : Vec<Acc>{};
-  for (int64_t i = task.x_begin; i < task.x_end; ++i, out += width) {
-    narrow_store((load(value) + of_value) * gelu<F::kExactExp>(load(gate) + of_gate), out);
-    value += stride, gate += stride;
-  }
+void fill_patch(const Conv& call, const ConvTask& task, int64_t begin, int64_t end, To* patch,
+                int64_t chunk, int64_t chunk_stride) {
+  const auto fill = call.scale == nullptr ? call.silu ? fill_patch<F, false, true, To>
+                                                      : fill_patch<F, false, false, To>
+                    : call.silu           ? fill_patch<F, true, true, To>
+                                          : fill_patch<F, true, false, To>;
+  fill(call, task, begin, end, patch, chunk, chunk_stride);
 }
 
 // kVectors vectors of channels from `c` on.

@@ -17,11 +17,10 @@ constexpr int kGroupTiles = 4;
 
 // Vectors of columns whose sums are kept at a time, all about as many: thousands of columns would
 // push each other's sums out of the second cache.
-inline int64_t column_tiles(ConvKind kind, int64_t columns) {
-  const int64_t all = (columns + kTileUnits - 1) / kTileUnits;
-  const int64_t most = kind == ConvKind::kPointwise ? 8 : 20;
-  const int64_t parts = (all + most - 1) / most;
-  return kind == ConvKind::kPointwise && all > most ? most : (all + parts - 1) / parts;
+inline int64_t column_tiles(int64_t columns) {
+  constexpr int64_t kMost = 20;
+  const int64_t all = (columns + kTileUnits - 1) / kTileUnits, parts = (all + kMost - 1) / kMost;
+  return (all + parts - 1) / parts;
 }
 
 // Pixels of a task of height x width pixels: where in the patch each tile of 16 begins.
@@ -31,15 +30,7 @@ struct Pixels {
   int64_t tiles;
   bool whole;  // a row of pixels is whole tiles; else tiles run on over the border
 
-  Pixels(ConvKind kind, int64_t height, int64_t width)
-      : columns(width + 2), tiles(0), whole(width % kTileRows == 0) {
-    if (kind == ConvKind::kPointwise) {  // one row without a border
-      columns = width;
-      whole = false;
-      tiles = (width + kTileRows - 1) / kTileRows;
-      count = tiles * kTileRows;
-      return;
-    }
+  Pixels(int64_t height, int64_t width) : columns(width + 2), whole(width % kTileRows == 0) {
     const int64_t pixels = whole ? height * width : height * columns - 2;
     tiles = (pixels + kTileRows - 1) / kTileRows;
     count = (height + 2) * columns + kTileRows;
@@ -54,28 +45,14 @@ struct Pixels {
 struct TileScratch {
   BFloat16* patch;  // [chunks, pixels, chunk]
   float* sums;      // [tiles, columns of a task / 16, 16, 16]
-  float* moments;   // [pixels, 2]: see ConvScratch
 };
-
-// Channels at a time. Their depth of all taps is one run of sums, so that they should be many; but
-// the pixels of a group of tiles and a tile of columns are to stay in the first cache.
-inline int64_t channels_at_once(ConvKind kind, int64_t c_in) {
-  if (kind != ConvKind::kPointwise) return chunk_of(c_in);
-  int64_t most = kConvChannels;
-  for (int64_t c = kConvChannels; c <= 160; c += kConvChannels) {
-    if (c_in % c == 0) most = c;
-  }
-  return most;
-}
 
 inline int64_t lay_out(const Conv& call, const Pixels& pixels, char* memory, TileScratch* scratch) {
   const int64_t patch = round_up(pixels.count * call.c_in * 2, 64);
-  const int64_t vectors = column_tiles(call.kind, call.c_out);
+  const int64_t vectors = column_tiles(call.c_out);
   scratch->patch = reinterpret_cast<BFloat16*>(memory);
   scratch->sums = reinterpret_cast<float*>(memory + patch);
-  const int64_t sums = pixels.tiles * vectors * kTileRows * kTileUnits * 4;
-  scratch->moments = reinterpret_cast<float*>(memory + patch + sums);
-  return patch + sums + (call.by_pixel ? round_up(pixels.count * 8, 64) : 0);
+  return patch + pixels.tiles * vectors * kTileRows * kTileUnits * 4;
 }
 
 // 64 pixels by 16 columns, or fewer pixels: sums += pixels * weights over a chunk's taps. Beside
@@ -140,18 +117,6 @@ inline void leave_tiles(const Conv& call, const ConvTask& task, const Pixels& pi
   if (residual != nullptr) residual += batch;
   const float* added = static_cast<const float*>(call.added);
   if (added != nullptr) added += task.b * call.added_stride + task.j_begin;
-  if (call.geglu) {
-    for (int64_t t = 0; t < pixels.tiles; ++t) {
-      ConvTask part = task;
-      part.x_begin += t * kTileRows;
-      if (part.x_begin + kTileRows < part.x_end) part.x_end = part.x_begin + kTileRows;
-      for (int64_t v = 0; v < vectors; v += 2) {
-        const float* tile = sums + (t * vectors + v) * kTileRows * kW;
-        leave_gated<Paired>(call, part, task.j_begin + v * kW, tile, tile + kTileRows * kW, kW);
-      }
-    }
-    return;
-  }
   for (int64_t t = 0; t < pixels.tiles; ++t) {
     const float* tile = sums + t * vectors * kTileRows * kW;
     int64_t row = pixels.begin(t, width) / pixels.columns;
@@ -177,17 +142,16 @@ template <typename F>
 void run_conv(const Conv& call, const ConvTask& task, void* memory) {
   const Tiles registers;
   const int64_t height = task.y_end - task.y_begin, width = task.x_end - task.x_begin;
-  const Pixels pixels(call.kind, height, width);
+  const Pixels pixels(height, width);
   TileScratch scratch = {};
   lay_out(call, pixels, static_cast<char*>(memory), &scratch);
-  const int64_t chunk = channels_at_once(call.kind, call.c_in), of_chunk = pixels.count * chunk;
-  if (call.by_pixel) pixel_moments<Paired>(call, task, scratch.moments);
-  fill_patch<Paired>(call, task, 0, call.c_in, scratch.moments, scratch.patch, chunk, of_chunk);
+  const int64_t chunk = chunk_of(call.c_in), of_chunk = pixels.count * chunk;
+  fill_patch<Paired>(call, task, 0, call.c_in, scratch.patch, chunk, of_chunk);
   const int64_t taps = taps_of(call.kind), depth = depth_of(call.kind, call.c_in);
   const int64_t units = depth_units<Paired>(depth), panel = units * kTileUnits;
   const int64_t matrix = packed_units<Paired>(call.c_out, depth);
   constexpr int64_t kTile = kTileRows * kTileUnits;
-  const int64_t most = column_tiles(call.kind, task.j_end - task.j_begin) * kTileUnits;
+  const int64_t most = column_tiles(task.j_end - task.j_begin) * kTileUnits;
   const int64_t groups = (pixels.tiles + kGroupTiles - 1) / kGroupTiles;
   const int64_t lines = (kTileRows + groups - 1) / groups;
   const int times = call.kind == ConvKind::kPhased ? 2 : 1;
@@ -238,7 +202,7 @@ int64_t conv_bytes(const Conv& call, int64_t height, int64_t width) {
   int64_t most = 0;
   TileScratch scratch = {};
   for (int64_t w = 1; w <= width; ++w) {
-    const int64_t bytes = lay_out(call, Pixels(call.kind, height, w), nullptr, &scratch);
+    const int64_t bytes = lay_out(call, Pixels(height, w), nullptr, &scratch);
     if (bytes > most) most = bytes;
   }
   return most;
@@ -252,14 +216,13 @@ int64_t conv_columns() {
 // Most pixels of a task: the more, the less often weights stream past; but patch and sums are to
 // stay in the second cache.
 template <typename F>
-int64_t conv_tiles(const Conv& call) {
-  if (call.kind == ConvKind::kPointwise) return 128;
+int64_t conv_tiles(const Conv&) {
   return 256;
 }
 
 template <typename F>
 bool convolves(ConvKind kind) {
-  return kind == ConvKind::kDirect || kind == ConvKind::kPhased || kind == ConvKind::kPointwise;
+  return kind == ConvKind::kDirect || kind == ConvKind::kPhased;
 }
 
 // Tiles multiply faster than vectors transform.

@@ -1,4 +1,4 @@
-// Convolutions by products of vectors (gemm.h): of transformed tiles, or of pixels.
+// Convolutions by products of vectors (gemm.h) of transformed tiles.
 //
 // A task is a block of tiles of output pixels. By chunks of kConvChannels, its input and a pixel
 // around it are normalized and activated into the first cache, in the accumulator's type, and from
@@ -14,10 +14,9 @@ namespace {
 
 template <typename F>
 struct ConvScratch {
-  typename F::Acc* patch;    // [rows, columns, kConvChannels]: activated input
-  typename F::Unit* a;       // [positions, tiles, stride]: rows of the products
-  typename F::Acc* c;        // [tiles, c_stride]: products of a panel, all positions
-  typename F::Acc* moments;  // [patch, 2]: by_pixel's, as x * first + second
+  typename F::Acc* patch;  // [rows, columns, kConvChannels]: activated input
+  typename F::Unit* a;     // [positions, tiles, stride]: rows of the products
+  typename F::Acc* c;      // [tiles, c_stride]: products of a panel, all positions
   int64_t tiles, stride, c_stride;
 };
 
@@ -37,7 +36,6 @@ int64_t lay_out(const Conv& call, int64_t tiles, int64_t patch, char* memory,
   take(&scratch->patch, patch * kConvChannels);
   take(&scratch->a, positions * scratch->tiles * scratch->stride);
   take(&scratch->c, scratch->tiles * scratch->c_stride);
-  take(&scratch->moments, call.by_pixel ? 2 * patch : 0);
   return used;
 }
 
@@ -68,14 +66,13 @@ inline void transform_out(const Vector* m, int stride, Vector* to, int to_stride
   }
 }
 
-// Rows of the products from the patch of a chunk: B^T d B of every tile, or its pixel.
+// Rows of the products from the patch of a chunk: B^T d B of every tile.
 template <typename F, ConvKind kKind>
 void fill_rows(const ConvTask& task, int64_t channel, const ConvScratch<F>& scratch) {
   typedef typename F::Acc Acc;
   typedef typename F::Element Element;
   constexpr int kW = W<F>;
-  constexpr bool kTransforms = kKind != ConvKind::kPointwise;
-  constexpr int kSide = kKind == ConvKind::kWinograd ? 4 : kKind == ConvKind::kDoubled ? 3 : 1;
+  constexpr int kSide = kKind == ConvKind::kWinograd ? 4 : 3;
   constexpr int64_t kStep = kKind == ConvKind::kWinograd ? 2 : 1;  // of tiles in the patch
   const int64_t columns = patch_side(kKind, task.x_end - task.x_begin);
   const int64_t stride = scratch.stride * F::kPerUnit;
@@ -92,23 +89,19 @@ void fill_rows(const ConvTask& task, int64_t channel, const ConvScratch<F>& scra
             d[i * kSide + j] = load(from + (i * columns + j) * kConvChannels + v);
           }
         }
-        if constexpr (kTransforms) {
-          Vec<Acc> t[kSide * kSide], u[kSide * kSide];
+        Vec<Acc> t[kSide * kSide], u[kSide * kSide];
 #pragma GCC unroll 4  // t[j][x] of d[x][j]: down the columns
-          for (int j = 0; j < kSide; ++j) {
-            Vec<Acc> column[kSide];
+        for (int j = 0; j < kSide; ++j) {
+          Vec<Acc> column[kSide];
 #pragma GCC unroll 4
-            for (int i = 0; i < kSide; ++i) column[i] = d[i * kSide + j];
-            transform_in<kKind>(column, t + j, kSide);
-          }
+          for (int i = 0; i < kSide; ++i) column[i] = d[i * kSide + j];
+          transform_in<kKind>(column, t + j, kSide);
+        }
 #pragma GCC unroll 4
-          for (int i = 0; i < kSide; ++i) transform_in<kKind>(t + i * kSide, u + i * kSide, 1);
+        for (int i = 0; i < kSide; ++i) transform_in<kKind>(t + i * kSide, u + i * kSide, 1);
 #pragma GCC unroll 16
-          for (int p = 0; p < kSide * kSide; ++p) {
-            narrow_store(u[p], row + p * scratch.tiles * stride + v);
-          }
-        } else {
-          narrow_store(d[0], row + v);
+        for (int p = 0; p < kSide * kSide; ++p) {
+          narrow_store(u[p], row + p * scratch.tiles * stride + v);
         }
       }
     }
@@ -122,16 +115,10 @@ void leave(const Conv& call, const ConvTask& task, int64_t j, int64_t columns,
   typedef typename F::T T;
   typedef typename F::Acc Acc;
   constexpr int kW = W<F>;
-  constexpr bool kTransforms = kKind != ConvKind::kPointwise;
-  constexpr int kIn = kKind == ConvKind::kWinograd ? 4 : kKind == ConvKind::kDoubled ? 3 : 1;
-  constexpr int kOut = kTransforms ? 2 : 1;
+  constexpr int kIn = kKind == ConvKind::kWinograd ? 4 : 3;
+  constexpr int kOut = 2;
   constexpr int64_t kDouble = kKind == ConvKind::kDoubled ? 2 : 1;
   const int64_t h = call.h * kDouble, w = call.w * kDouble;
-  if constexpr (kKind == ConvKind::kPointwise) {
-    if (call.geglu) {
-      return leave_gated<F>(call, task, j, scratch.c, scratch.c + kW, scratch.c_stride);
-    }
-  }
   const int64_t batch = task.b * h * w * call.c_out + j;
   T* out = static_cast<T*>(call.out) + batch;
   const T* residual = static_cast<const T*>(call.residual);
@@ -150,14 +137,10 @@ void leave(const Conv& call, const ConvTask& task, int64_t j, int64_t columns,
         Vec<Acc> m[kIn * kIn], t[kOut * kIn], z[kOut * kOut];
 #pragma GCC unroll 16
         for (int p = 0; p < kIn * kIn; ++p) m[p] = load(c + p * kPanelColumns<F> + v);
-        if constexpr (kTransforms) {
 #pragma GCC unroll 4
-          for (int i = 0; i < kIn; ++i) transform_out<kKind>(m + i, kIn, t + i, kIn);
+        for (int i = 0; i < kIn; ++i) transform_out<kKind>(m + i, kIn, t + i, kIn);
 #pragma GCC unroll 2
-          for (int i = 0; i < kOut; ++i) transform_out<kKind>(t + i * kIn, 1, z + i * kOut, 1);
-        } else {
-          z[0] = m[0];
-        }
+        for (int i = 0; i < kOut; ++i) transform_out<kKind>(t + i * kIn, 1, z + i * kOut, 1);
 #pragma GCC unroll 2
         for (int i = 0; i < kOut; ++i) {
 #pragma GCC unroll 2
@@ -175,42 +158,14 @@ void leave(const Conv& call, const ConvTask& task, int64_t j, int64_t columns,
   }
 }
 
-// `multiply` with one panel, by runs of depth that are summed for themselves: one chain of
-// thousands of sums would round several times as much as a sum of chains.
-template <typename F>
-inline void multiply_in_runs(const typename F::Unit* a, int64_t a_stride, int64_t rows,
-                             const typename F::Unit* panel, int64_t units, int64_t vectors,
-                             typename F::Acc* c, int64_t c_stride) {
-  typedef typename F::Acc Acc;
-  constexpr int64_t kRun = 256;
-  alignas(64) Acc part[kBlockRows * kPanelColumns<F>];
-  for (int64_t k = 0; k < units; k += kRun) {
-    const int64_t steps = units - k < kRun ? units - k : kRun;
-    const typename F::Unit* b = panel + k * vectors * W<F>;
-    if (k == 0) {
-      multiply<F>(a, a_stride, rows, {b, steps, 0, steps, vectors}, c, c_stride);
-      continue;
-    }
-    multiply<F>(a + k, a_stride, rows, {b, steps, 0, steps, vectors}, part, kPanelColumns<F>);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t v = 0; v < vectors * W<F>; v += W<F>) {
-        const Vec<Acc> sum = load(c + r * c_stride + v) + load(part + r * kPanelColumns<F> + v);
-        store(c + r * c_stride + v, sum);
-      }
-    }
-  }
-}
-
 template <typename F, ConvKind kKind>
 void convolve(const Conv& call, const ConvTask& task, const ConvScratch<F>& scratch) {
   constexpr int64_t kColumns = kPanelColumns<F>;
   const int64_t depth = depth_of(kKind, call.c_in), units = depth_units<F>(depth);
   const int64_t tiles = (task.y_end - task.y_begin) * (task.x_end - task.x_begin);
   const int64_t matrix = packed_units<F>(call.c_out, depth);  // of one position
-  if (call.by_pixel) pixel_moments<F>(call, task, scratch.moments);
   for (int64_t channel = 0; channel < call.c_in; channel += kConvChannels) {
-    fill_patch<F>(call, task, channel, channel + kConvChannels, scratch.moments, scratch.patch,
-                  kConvChannels, 0);
+    fill_patch<F>(call, task, channel, channel + kConvChannels, scratch.patch, kConvChannels, 0);
     fill_rows<F, kKind>(task, channel, scratch);
   }
   const typename F::Unit* weight = static_cast<const typename F::Unit*>(call.weight);
@@ -221,7 +176,7 @@ void convolve(const Conv& call, const ConvTask& task, const ConvScratch<F>& scra
       for (int64_t t = 0; t < tiles; t += kBlockRows) {
         const int64_t rows = tiles - t < kBlockRows ? tiles - t : kBlockRows;
         multiply_in_runs<F>(scratch.a + (p * scratch.tiles + t) * scratch.stride, scratch.stride,
-                            rows, panel, units, vectors_of<F>(columns),
+                            rows, {panel, units, 0, units, vectors_of<F>(columns)},
                             scratch.c + t * scratch.c_stride + p * kColumns, scratch.c_stride);
       }
     }
@@ -235,9 +190,8 @@ void run_conv(const Conv& call, const ConvTask& task, void* memory) {
   ConvScratch<F> scratch = {};
   const int64_t patch = patch_side(call.kind, height) * patch_side(call.kind, width);
   lay_out(call, height * width, patch, static_cast<char*>(memory), &scratch);
-  const auto run = call.kind == ConvKind::kWinograd  ? convolve<F, ConvKind::kWinograd>
-                   : call.kind == ConvKind::kDoubled ? convolve<F, ConvKind::kDoubled>
-                                                     : convolve<F, ConvKind::kPointwise>;
+  const auto run = call.kind == ConvKind::kWinograd ? convolve<F, ConvKind::kWinograd>
+                                                    : convolve<F, ConvKind::kDoubled>;
   run(call, task, scratch);
 }
 
@@ -267,7 +221,7 @@ int64_t conv_tiles(const Conv& call) {
 
 template <typename F>
 bool convolves(ConvKind kind) {
-  return kind == ConvKind::kWinograd || kind == ConvKind::kDoubled || kind == ConvKind::kPointwise;
+  return kind == ConvKind::kWinograd || kind == ConvKind::kDoubled;
 }
 
 // Winograd's weights are 16/9 the size. Where many channels meet few pixels weights are the cost,

@@ -58,6 +58,16 @@ inline void narrow_store(Vec<Acc> x, T* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
+// Vector i of a row of which `count` elements are left.
+template <typename Acc, typename T>
+inline Vec<Acc> widen_load(const T* from, int64_t count) {
+  constexpr int kW = kWidth<Acc>;
+  if (count >= kW) return widen_load(from);
+  T lanes[kW] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
+  return widen_load(lanes);
+}
+
 // T: the tensors' elements. Unit: what the products take at a step of depth, `kPerUnit` of
 // `Element`. Acc: what is summed in. kExactExp: see exp2_nonpositive.
 template <typename Real>

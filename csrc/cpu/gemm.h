@@ -122,5 +122,35 @@ inline void multiply(const typename F::Unit* a, int64_t a_stride, int64_t rows, 
 #endif
 }
 
+// `multiply` by runs of depth that are summed for themselves: one chain of thousands of sums would
+// round several times as much as a sum of chains. At most one panel; AMX sums in one chain.
+template <typename F>
+inline void multiply_in_runs(const typename F::Unit* a, int64_t a_stride, int64_t rows,
+                             const Panels<F>& b, typename F::Acc* c, int64_t c_stride) {
+#if defined(SNOOPI_AMX)
+  multiply<F>(a, a_stride, rows, b, c, c_stride);
+#else
+  typedef typename F::Acc Acc;
+  constexpr int kW = kWidth<Acc>;
+  constexpr int64_t kRun = 256;
+  alignas(64) Acc part[kBlockRows * kPanelColumns<F>];
+  for (int64_t k = 0; k < b.steps; k += kRun) {
+    const int64_t steps = b.steps - k < kRun ? b.steps - k : kRun;
+    const Panels<F> run = {b.at, b.depth, b.begin + k, steps, b.vectors};
+    if (k == 0) {
+      multiply<F>(a, a_stride, rows, run, c, c_stride);
+      continue;
+    }
+    multiply<F>(a + k, a_stride, rows, run, part, kPanelColumns<F>);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t v = 0; v < b.vectors * kW; v += kW) {
+        const Vec<Acc> sum = load(c + r * c_stride + v) + load(part + r * kPanelColumns<F> + v);
+        store(c + r * c_stride + v, sum);
+      }
+    }
+  }
+#endif
+}
+
 }  // namespace
 }  // namespace snoopi

@@ -57,4 +57,8 @@ inline std::unique_ptr<void, decltype(&std::free)> scratch_of(int64_t bytes) {
 }
 
 }  // namespace
+
+// A weight [c_out c_in] as the kernel of `type` reads it (linear.cpp).
+Tensor pack_weight(const Tensor& weight, at::ScalarType type);
+
 }  // namespace snoopi

@@ -9,6 +9,7 @@
 // projection follows while z is in the second. Text and weights come packed (see gemm.h), masked
 // keys left out, so the loops know no mask.
 #include "kernels.h"
+#include "project.h"
 #include "softmax.h"
 #if defined(SNOOPI_AMX)
 #include "convolve_tiles.h"
@@ -332,37 +333,21 @@ void normalize(const Attention& call, const Task& task, const Scratch<F>& scratc
   }
 }
 
-// out = z w^T + bias for a task's rows, panel by panel of the weights.
+// out = z w^T + bias for a task's rows.
 template <typename F>
 void project(const Attention& call, const Task& task, const Scratch<F>& scratch) {
   typedef typename F::T T;
-  typedef typename F::Unit Unit;
-  typedef typename F::Acc Acc;
-  constexpr int kW = W<F>;
-  constexpr int64_t kColumns = kPanelColumns<F>;
-  const int64_t c_in = call.h * call.d, units = depth_units<F>(c_in);
-  const int64_t steps = (c_in + F::kPerUnit - 1) / F::kPerUnit;
-  const T* bias = static_cast<const T*>(call.bias);
   T* out = static_cast<T*>(call.out[0]) + (task.b * call.m + task.m_begin) * call.c_out;
-  const int64_t rows = task.m_end - task.m_begin;
-  for (int64_t j = 0; j < call.c_out; j += kColumns) {
-    const int64_t columns = call.c_out - j < kColumns ? call.c_out - j : kColumns;
-    alignas(64) Acc added[kColumns] = {};
-    for (int64_t i = 0; bias != nullptr && i < columns; ++i) added[i] = widen(bias[j + i]);
-    const Unit* w = static_cast<const Unit*>(call.w) + j * units;
-    for (int64_t r = 0; r < rows; r += kBlockRows) {
-      const int64_t count = rows - r < kBlockRows ? rows - r : kBlockRows;
-      const Unit* z = reinterpret_cast<const Unit*>(scratch.z[0]) + r * scratch.z_stride;
-      multiply<F>(z, scratch.z_stride, count, {w, units, 0, steps, vectors_of<F>(columns)},
-                  scratch.y, kColumns);
-      for (int64_t i = 0; i < count; ++i) {
-        for (int64_t v = 0; v < columns; v += kW) {
-          const Vec<Acc> y = load(scratch.y + i * kColumns + v) + load(added + v);
-          narrow_store<Acc>(y, out + (r + i) * call.c_out + j + v, columns - v);
-        }
-      }
-    }
-  }
+  const Projection<F> to = {
+      static_cast<const typename F::Unit*>(call.w),
+      call.h * call.d,
+      call.c_out,
+      static_cast<const typename F::Acc*>(call.bias),
+      out,
+      false,
+  };
+  project_rows<F>(reinterpret_cast<const typename F::Unit*>(scratch.z[0]), scratch.z_stride,
+                  task.m_end - task.m_begin, 0, call.c_out, to, scratch.y);
 }
 
 template <typename F>
@@ -449,6 +434,9 @@ constexpr Kernel kernel() {
       .most_rows = kMostRows,
       .scratch_bytes = scratch_bytes<F>,
       .run = run<F>,
+      .geglu_rows = geglu_rows<F>,
+      .geglu_scratch = geglu_scratch<F>,
+      .run_geglu = run_geglu<F>,
       .vector = W<F>,
       .block_rows = kBlockRows,
       .convolves = convolves<F>,

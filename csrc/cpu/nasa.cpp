@@ -84,21 +84,6 @@ Packed pack(const Tensor& k, const Tensor& v, const OptionalTensor& mask, at::Sc
   return packed;
 }
 
-Tensor pack(const Tensor& w, at::ScalarType type) {
-  TORCH_CHECK(w.dim() == 2, "snoopi: a weight must be [c_out c_in], got ", w.sizes());
-  const Kernel& kernel = kernel_for(type);
-  const Tensor weight = readable(w, type);
-  const int64_t c_out = w.size(0), c_in = w.size(1), columns = kernel.linear_columns;
-  const Tensor packed = bytes({kernel.linear_bytes(c_out, c_in)});
-  TORCH_CHECK(packed.numel() > 0, "snoopi: this processor's kernel packs no weights");
-  void* to = packed.mutable_data_ptr();
-  parallel(at::divup(c_out, columns), columns * c_in * 4, [&](int64_t begin, int64_t end) {
-    kernel.pack_linear(weight.const_data_ptr(), weight.stride(0), c_out, c_in, begin * columns,
-                       std::min(end * columns, c_out), to);
-  });
-  return packed;
-}
-
 // A call and the tensors its pointers lie in.
 struct Call {
   Attention attention = {};
@@ -169,7 +154,7 @@ struct Call {
     if (!bias.has_value()) return;
     TORCH_CHECK(bias->dim() == 1 && bias->size(0) == c_out, "snoopi: b_out must be [", c_out,
                 "], got ", bias->sizes());
-    attention.bias = keep(bias->to(type).contiguous()).const_data_ptr();
+    attention.bias = keep(bias->to(accumulator(type)).contiguous()).const_data_ptr();
   }
 
   // Where the result goes: [b m c_out], or [b m h d] without a projection.
@@ -229,7 +214,7 @@ Tensor compute(Call& call, const Tensor& q, const OptionalTensor& w_out,
     call.set_projection(*w_out, b_out, c_out);
   } else if (w_out.has_value() && q.size(0) * q.size(1) >= kRowsWorthPacking &&
              call.kernel.linear_bytes(w_out->size(0), w_out->size(1)) > 0) {
-    call.set_projection(pack(*w_out, call.type), b_out, w_out->size(0));
+    call.set_projection(pack_weight(*w_out, call.type), b_out, w_out->size(0));
   }
   const Tensor out = call.result(q);
   call.run();
@@ -335,10 +320,6 @@ std::tuple<Tensor, Tensor> pack_text(const Tensor& k, const Tensor& v, const Opt
   return {packed.data, packed.live};
 }
 
-Tensor pack_linear(const Tensor& weight) {
-  return pack(weight, computing_type(weight.scalar_type()));
-}
-
 }  // namespace
 }  // namespace snoopi
 
@@ -348,20 +329,15 @@ TORCH_LIBRARY_IMPL(snoopi, CPU, m) {
   m.impl("guided_attention", &snoopi::guided_attention);
   m.impl("twin_attention", &snoopi::twin_attention);
   m.impl("pack_text", &snoopi::pack_text);
-  m.impl("pack_linear", &snoopi::pack_linear);
 }
 
 TORCH_LIBRARY_FRAGMENT(snoopi, m) {
   m.def("cpu_capability() -> str", [] { return snoopi::capability(); });
   // What the library can do, by the newest of its ops: an older one has none, or another number.
-  m.def("cpu_version() -> int", []() -> int64_t { return 3; });
-  // Bytes of a packed text's head, and of a packed weight (0: not to be packed).
+  m.def("cpu_version() -> int", []() -> int64_t { return 4; });
+  // Bytes of a packed text's head.
   m.def("text_bytes(int n, int d, ScalarType dtype) -> int",
         [](int64_t n, int64_t d, at::ScalarType dtype) {
           return snoopi::kernel_for(snoopi::computing_type(dtype)).text_bytes(n, d);
-        });
-  m.def("linear_bytes(int c_out, int c_in, ScalarType dtype) -> int",
-        [](int64_t c_out, int64_t c_in, at::ScalarType dtype) {
-          return snoopi::kernel_for(snoopi::computing_type(dtype)).linear_bytes(c_out, c_in);
         });
 }

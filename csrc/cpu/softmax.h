@@ -6,9 +6,6 @@
 namespace snoopi {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634074;
-constexpr double kLn2 = 0.69314718055994530942;
-
 // exp(scale (s - max)) of a run of one text's products and its sum, by row. The exponent is one
 // multiply-add from the products: rounding the row's shift does not matter, because every element
 // has the same.

@@ -75,6 +75,9 @@ inline VecF greater(VecF a, VecF b) {
 }
 inline VecD greater(VecD a, VecD b) { return a > b ? a : b; }
 
+constexpr double kLog2E = 1.4426950408889634074;
+constexpr double kLn2 = 0.69314718055994530942;
+
 // 2^f on [-0.5 0.5]; the highest power comes first.
 constexpr float kExactTerms[] = {0x1.41d334p-13f,
                                  0x1.5f456ap-10f,

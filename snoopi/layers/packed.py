@@ -131,7 +131,8 @@ class PackedGEGLU(Packed, nn.Linear):
 
     def gated(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """value * gelu(gate) of this Linear's output for norm(x); for x that `takes` it."""
-        return ops.geglu(x, self._pack, self.bias, gain=norm.weight, offset=norm.bias, eps=norm.eps)
+        layer_norm = ops.LayerNorm(norm.weight, norm.bias, norm.eps)
+        return ops.geglu(x, self._pack, self.bias, norm=layer_norm)
 
 
 def version(x: Tensor) -> int:

@@ -1,15 +1,13 @@
-"""Attention (plain, NASA and its twin form) and convolution ops; fused on the CPU where built."""
+"""Attention (plain, NASA and its twin form), convolutions, GEGLU; fused on the CPU where built."""
 
 from snoopi.ops.conv import (
     Affine,
     ConvPack,
-    GEGLUPack,
     conv,
-    geglu,
     group_norm_fold,
     pack_conv,
-    pack_geglu,
 )
+from snoopi.ops.geglu import GEGLUPack, LayerNorm, geglu, pack_geglu
 from snoopi.ops.nasa import (
     attention,
     explain,
@@ -25,6 +23,7 @@ __all__ = [
     "ConvPack",
     "Formula",
     "GEGLUPack",
+    "LayerNorm",
     "LinearPack",
     "TextPack",
     "attention",

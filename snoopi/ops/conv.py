@@ -1,4 +1,4 @@
-"""Convolutions and gated linears with what stands around them in one pass: norm, SiLU, sums.
+"""Convolutions with what stands around them in one pass: norm, SiLU, doubling, sums.
 
 Native on the CPU (csrc/cpu/convolve.h); elsewhere the reference in plain PyTorch, same result to
 rounding. For inference: nothing here carries a gradient.
@@ -19,7 +19,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 class ConvPack(NamedTuple):
     """The filters of a convolution of stride 1, padded to keep the size, and their native layout.
 
-    weight [c_out c_in k k], k = 1 or 3. doubled: the input is doubled by nearest neighbour first.
+    weight [c_out c_in 3 3]. doubled: the input is doubled by nearest neighbour first.
     kind, packed: how it is computed, and bytes [size] for that; packed is None where there is no
     native kernel for it, or PyTorch's is faster. A snapshot: it does not follow later changes of
     the weight.
@@ -28,16 +28,6 @@ class ConvPack(NamedTuple):
     weight: Tensor
     doubled: bool = False
     kind: str = ""
-    packed: Tensor | None = None
-
-
-class GEGLUPack(NamedTuple):
-    """The weight [2c c_in] of a GEGLU's Linear, values before gates, and its native layout.
-
-    packed is None where there is no native kernel for it, or PyTorch's products are faster.
-    """
-
-    weight: Tensor
     packed: Tensor | None = None
 
 
@@ -51,20 +41,18 @@ class Affine(NamedTuple):
 def pack_conv(weight: Tensor, *, doubled: bool = False) -> ConvPack:
     """Pack a convolution's filters for `conv`; do it once per set of weights.
 
-    weight [c_out c_in 3 3], or 1 1. Winograd's transform where it is faster (F(2x2, 3x3) of Lavin &
+    weight [c_out c_in 3 3]. Winograd's transform where it is faster (F(2x2, 3x3) of Lavin &
     Gray, 2016): 16/9 the bytes of the plain weight.
 
     Raises:
         ValueError: another shape.
     """
-    side = weight.shape[-1] if weight.dim() == 4 else 0
-    if side not in (1, 3) or weight.shape[-2] != side or (doubled and side == 1):
-        expected = "[c_out c_in 3 3]" if doubled else "[c_out c_in 3 3] or [c_out c_in 1 1]"
-        raise ValueError(f"weight must be {expected}, got {list(weight.shape)}")
+    if weight.dim() != 4 or tuple(weight.shape[2:]) != (3, 3):
+        raise ValueError(f"weight must be [c_out c_in 3 3], got {list(weight.shape)}")
     if native.why_not(weight) is not None or weight.dtype not in _DTYPES:
         return ConvPack(weight, doubled)
     sizes = (weight.shape[0], weight.shape[1], weight.dtype)
-    kind = "pointwise" if side == 1 else torch.ops.snoopi.conv_kind(doubled, *sizes)
+    kind = torch.ops.snoopi.conv_kind(doubled, *sizes)
     if not torch.ops.snoopi.conv_bytes(kind, *sizes):
         return ConvPack(weight, doubled)
     return ConvPack(weight, doubled, kind, torch.ops.snoopi.pack_conv(weight, kind))
@@ -115,54 +103,6 @@ def group_norm_fold(
         args = (x, groups, weight, bias, eps)
         return Affine(*torch.ops.snoopi.group_norm_fold.default(*args))
     return Affine(*reference.group_norm_fold(x, groups, weight, bias, eps))
-
-
-def pack_geglu(weight: Tensor) -> GEGLUPack:
-    """Pack the weight [2c c_in] of a GEGLU for `geglu`; do it once per set of weights.
-
-    Raises:
-        ValueError: another shape.
-    """
-    if weight.dim() != 2 or weight.shape[0] % 2:
-        raise ValueError(f"weight must be [2c c_in], got {list(weight.shape)}")
-    c_out, c_in = weight.shape
-    if weight.dtype == torch.bfloat16:
-        pays = native.NATIVE.pairs
-    else:  # deep fp32 weights outweigh what is saved beside their product
-        pays = weight.dtype == torch.float32 and native.NATIVE.attends and c_in <= 640
-    if not pays or native.why_not(weight) is not None or c_out % 32 or c_in % 32:
-        return GEGLUPack(weight)
-    return GEGLUPack(weight, torch.ops.snoopi.pack_geglu(weight))
-
-
-def geglu(
-    x: Tensor,
-    pack: GEGLUPack,
-    bias: Tensor | None = None,
-    *,
-    gain: Tensor | None = None,
-    offset: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """value * gelu(gate) [.. c], value and gate the halves of norm(x) W^T + bias, x [.. c_in].
-
-    norm: a LayerNorm with gain and offset [c_in], both or neither. 16-bit tensors are computed in
-    fp32: x rounds once after the norm, the result once.
-
-    Raises:
-        ValueError: x or bias that do not fit the weight, or a gain without its offset.
-    """
-    c_out, c_in = pack.weight.shape
-    if x.shape[-1] != c_in:
-        raise ValueError(f"x must be [.. {c_in}], got {list(x.shape)}")
-    if (gain is None) != (offset is None):
-        raise ValueError("gain and offset come together")
-    for name, part, size in (("bias", bias, c_out), ("gain", gain, c_in), ("offset", offset, c_in)):
-        if part is not None and tuple(part.shape) != (size,):
-            raise ValueError(f"{name} must be [{size}], got {list(part.shape)}")
-    if pack.packed is None or native.why_not(x) is not None or x.dtype != pack.weight.dtype:
-        return reference.geglu(x, pack.weight, bias, gain, offset, eps)
-    return torch.ops.snoopi.geglu.default(x, pack.packed, c_out, bias, gain, offset, eps)
 
 
 def _check(

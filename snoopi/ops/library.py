@@ -223,6 +223,7 @@ def _pack_text_fake(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, 
     return packed, k.new_empty((batch,), dtype=torch.int32)
 
 
+@torch.library.register_fake(PACK_GEGLU)
 @torch.library.register_fake(PACK_LINEAR)
 def _pack_linear_fake(weight: Tensor) -> Tensor:
     size = torch.ops.snoopi.linear_bytes(*(int(n) for n in weight.shape), weight.dtype)
@@ -246,13 +247,6 @@ def _pack_conv_fake(weight: Tensor, kind: str) -> Tensor:
 @torch.library.register_fake(GEGLU)
 def _geglu_fake(x: Tensor, weight: Tensor, c_out: int, *args: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], c_out // 2))
-
-
-@torch.library.register_fake(PACK_GEGLU)
-def _pack_geglu_fake(weight: Tensor) -> Tensor:
-    c_out, c_in = (int(n) for n in weight.shape)
-    size = torch.ops.snoopi.conv_bytes("pointwise", c_out, c_in, weight.dtype)
-    return weight.new_empty((size,), dtype=torch.uint8)
 
 
 @torch.library.register_fake(GROUP_NORM_FOLD)

@@ -110,20 +110,16 @@ def group_norm_fold(
 
 
 def geglu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    offset: Tensor | None,
-    eps: float,
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor, Tensor, float] | None
 ) -> Tensor:
     """value * gelu(gate), value and gate the halves of norm(x) W^T + bias; x [.. c_in].
 
-    norm: a LayerNorm of gain and offset [c_in], or none.
+    norm: a LayerNorm's gain and offset [c_in], and eps.
     """
     dtype = computing_dtype(x)
     y = x.to(dtype)
-    if gain is not None and offset is not None:
+    if norm is not None:
+        gain, offset, eps = norm
         y = F.layer_norm(y, (x.shape[-1],), gain.to(dtype), offset.to(dtype), eps)
     y = F.linear(y, weight.to(dtype), None if bias is None else bias.to(dtype))
     value, gate = y.chunk(2, dim=-1)

@@ -250,16 +250,15 @@ def test_geglu() -> None:
             pays = NATIVE.pairs if dtype == torch.bfloat16 else NATIVE.attends
             assert (pack.packed is not None) == pays
             for norm in (False, True):
-                how = dict(zip(("gain", "offset"), tensors[3:], strict=True)) if norm else {}
                 wide = [t.double() for t in tensors]
-                args = (*wide[3:], 1e-5) if norm else (None, None, 1e-5)
-                truth = reference.geglu(wide[0], wide[1], wide[2], *args)
-                got = ops.geglu(tensors[0], pack, tensors[2], **how)  # type: ignore[arg-type]
+                truth = reference.geglu(*wide[:3], ops.LayerNorm(*wide[3:]) if norm else None)
+                how = ops.LayerNorm(*tensors[3:]) if norm else None
+                got = ops.geglu(tensors[0], pack, tensors[2], norm=how)
                 assert off(got, truth) < (4e-3 if dtype == torch.bfloat16 else 1e-6)
     with pytest.raises(ValueError, match=r"bias must be \[192\], got \[191\]"):
         ops.geglu(x, ops.pack_geglu(weight), bias[1:])
-    with pytest.raises(ValueError, match="gain and offset come together"):
-        ops.geglu(x, ops.pack_geglu(weight), gain=gain)
+    with pytest.raises(ValueError, match=r"norm.gain must be \[64\], got \[63\]"):
+        ops.geglu(x, ops.pack_geglu(weight), norm=ops.LayerNorm(gain[1:], offset))
     with pytest.raises(ValueError, match=r"weight must be \[2c c_in\], got \[191, 64\]"):
         ops.pack_geglu(weight[1:])
     if NATIVE.pairs:
