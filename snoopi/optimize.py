@@ -14,9 +14,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from snoopi.layers.attention import CrossAttention
+from snoopi.layers.attention import CrossAttention, SelfAttention
 from snoopi.layers.blocks import Upsample
-from snoopi.layers.packed import Packed, PackedConv2d, PackedGEGLU
+from snoopi.layers.packed import (
+    Packed,
+    PackedConv2d,
+    PackedGEGLU,
+    PackedLinear,
+    PackedPointwise,
+)
 from snoopi.models.unet import FeedForward
 
 
@@ -36,37 +42,43 @@ def optimize(module: nn.Module, done: Callable[[Tensor], object] | None = None) 
     """
     restore(module)
     modules = list(module.modules())
-    attentions = [m for m in modules if isinstance(m, CrossAttention)]
-    convolutions = [m for m in modules if isinstance(m, nn.Conv2d)]
-    gated = [m.first for m in modules if isinstance(m, FeedForward)]
     doubled = {id(m.conv) for m in modules if isinstance(m, Upsample)}
+    gated = {id(m.first) for m in modules if isinstance(m, FeedForward)}
+    projections = {id(m.to_out[0]) for m in modules if isinstance(m, CrossAttention)}
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    for layer in (*(m.to_out[0] for m in attentions), *convolutions, *gated):
+    layers = [m for m in modules if isinstance(m, (nn.Conv2d, nn.Linear))]
+    for layer in layers:
         for parameter in layer.parameters():
             if parameter.requires_grad:
                 raise ValueError(
                     f"optimize is for inference, but {names[id(parameter)]} requires a gradient: "
                     "call requires_grad_(False) on the module first"
                 )
-    for attention in attentions:
-        attention.pack_out()
-    for conv in convolutions:
-        if not PackedConv2d.pack(conv, doubled=id(conv) in doubled):
-            _relayout(conv, torch.channels_last)
-        elif done is not None:
-            done(conv.weight)
-    for linear in gated:
-        if PackedGEGLU.pack(linear) and done is not None:
-            done(linear.weight)
+    together = set()
+    for attention in modules:
+        if isinstance(attention, SelfAttention) and attention.pack():
+            together |= {id(m) for m in (attention.to_q, attention.to_k, attention.to_v)}
+    for layer in layers:
+        if id(layer) in together:
+            packed = True
+        elif isinstance(layer, nn.Conv2d):
+            packed = PackedConv2d.pack(layer, doubled=id(layer) in doubled)
+            packed = packed or PackedPointwise.pack(layer)
+            if not packed:
+                _relayout(layer, torch.channels_last)
+        elif id(layer) in gated:
+            packed = PackedGEGLU.pack(layer)
+        else:
+            packed = PackedLinear.pack(layer, always=id(layer) in projections)
+        if packed and done is not None:
+            done(layer.weight)
     return module
 
 
 def restore(module: nn.Module) -> nn.Module:
     """Take away what `optimize` added. Returns the module."""
     for part in module.modules():
-        if isinstance(part, CrossAttention):
-            part.unpack_out()
-        elif isinstance(part, Packed):
+        if isinstance(part, (SelfAttention, Packed)):
             part.unpack()
         elif isinstance(part, nn.Conv2d):
             _relayout(part, torch.contiguous_format)

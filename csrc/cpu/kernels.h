@@ -3,7 +3,7 @@
 
 #include "attention.h"
 #include "conv.h"
-#include "geglu.h"
+#include "linear.h"
 
 namespace snoopi {
 
@@ -22,10 +22,10 @@ struct Kernel {
   int64_t most_rows;  // of a task
   int64_t (*scratch_bytes)(const Attention&);
   void (*run)(const Attention&, const Task&, void* scratch);
-  // Most rows of a GEGLU's task, and the scratch of one of so many.
-  int64_t (*geglu_rows)(int64_t c_in);
-  int64_t (*geglu_scratch)(const GEGLU&, int64_t rows);
-  void (*run_geglu)(const GEGLU&, const RowsTask&, void* scratch);
+  // Most rows of a linear layer's task, and the scratch of one of so many.
+  int64_t (*linear_rows)(int64_t c_in);
+  int64_t (*linear_scratch)(const Linear&, int64_t rows);
+  void (*run_linear)(const Linear&, const LinearTask&, void* scratch);
   int64_t vector;      // elements
   int64_t block_rows;  // of a product: other numbers of rows cost as much as the next multiple
   // Whether there is code for a kind, and the kind for a 3x3 convolution, of a doubled picture if

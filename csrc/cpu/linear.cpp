@@ -1,4 +1,4 @@
-// The CPU implementations of the ops on linear layers: checks, packs weights, fills a `GEGLU`,
+// The CPU implementations of the ops on linear layers: checks, packs weights, fills a `Linear`,
 // hands its tasks to the threads.
 #include <torch/library.h>
 
@@ -44,8 +44,8 @@ Tensor pack_geglu(const Tensor& weight) {
   return pack_weight(paired(weight.to(type), vector), type);
 }
 
-void run(const GEGLU& call, const Kernel& kernel) {
-  const int64_t threads = at::get_num_threads(), most = kernel.geglu_rows(call.c_in);
+void run(const Linear& call, const Kernel& kernel) {
+  const int64_t threads = at::get_num_threads(), most = kernel.linear_rows(call.c_in);
   // Few rows are shared out by output columns, each thread making the same rows, so that the
   // weights pass from memory once; many by rows, as many to each thread.
   const int64_t panels = at::divup(call.c_out, kernel.linear_columns);
@@ -57,38 +57,40 @@ void run(const GEGLU& call, const Kernel& kernel) {
   const int64_t columns = at::divup(panels, parts) * kernel.linear_columns;
   const int64_t tasks = at::divup(call.rows, rows) * parts;
   parallel(tasks, rows * columns * call.c_in, [&](int64_t begin, int64_t end) {
-    const auto scratch = scratch_of(kernel.geglu_scratch(call, rows));
+    const auto scratch = scratch_of(kernel.linear_scratch(call, rows));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t r = i / parts * rows, j = i % parts * columns;
       if (j >= call.c_out) continue;
-      const RowsTask task = {r, std::min(r + rows, call.rows), j,
-                             std::min(j + columns, call.c_out)};
-      kernel.run_geglu(call, task, scratch.get());
+      const LinearTask task = {r, std::min(r + rows, call.rows), j,
+                               std::min(j + columns, call.c_out)};
+      kernel.run_linear(call, task, scratch.get());
     }
   });
 }
 
-// value * gelu(gate) with value, gate = norm(x) w^T + bias in halves, for rows x [.. c_in].
-Tensor geglu(const Tensor& x, const Tensor& weight, int64_t c_out, const OptionalTensor& bias,
-             const OptionalTensor& gain, const OptionalTensor& offset, double eps) {
+// norm(x) w^T + bias + residual for rows x [.. c_in]; gated: value * gelu(gate) of its halves.
+Tensor linear(const Tensor& x, const Tensor& weight, int64_t c_out, const OptionalTensor& bias,
+              const OptionalTensor& gain, const OptionalTensor& offset, double eps, bool gated,
+              const OptionalTensor& residual) {
   const at::ScalarType type = computing_type(x.scalar_type()), sums = accumulator(type);
   const Kernel& kernel = kernel_for(type);
   const int64_t c_in = x.size(-1), size = kernel.linear_bytes(c_out, c_in);
-  TORCH_CHECK(c_in % kRowChannels == 0, "snoopi: x must have a multiple of ", kRowChannels,
+  TORCH_CHECK(c_in % kLinearChannels == 0, "snoopi: x must have a multiple of ", kLinearChannels,
               " channels, got ", x.sizes());
   TORCH_CHECK(weight.dim() == 1 && weight.size(0) == size && size > 0 &&
                   weight.scalar_type() == at::kByte && weight.is_contiguous(),
               "snoopi: a packed weight of ", c_in, " to ", c_out, " channels must be [", size,
-              "] bytes, got ", weight.sizes(), "; pack_geglu makes it, for this processor");
-  TORCH_CHECK(c_out % (2 * kernel.vector) == 0, "snoopi: a gated layer must have a multiple of ",
-              2 * kernel.vector, " outputs, got ", c_out);
+              "] bytes, got ", weight.sizes(), "; pack_linear makes it, for this processor");
+  TORCH_CHECK(!gated || (c_out % (2 * kernel.vector) == 0 && !residual.has_value()),
+              "snoopi: a gated layer has a multiple of ", 2 * kernel.vector,
+              " outputs and no residual, got ", c_out, " outputs");
   const Tensor input = x.to(type).contiguous();
-  GEGLU call = {};
+  Linear call = {};
   call.rows = x.numel() / std::max<int64_t>(c_in, 1), call.c_in = c_in, call.c_out = c_out;
-  call.eps = eps;
+  call.gated = gated, call.eps = eps;
   call.x = input.const_data_ptr();
   call.weight = weight.const_data_ptr();
-  Tensor scales, shifts, sum;
+  Tensor scales, shifts, sum, rest;
   TORCH_CHECK(gain.has_value() == offset.has_value(), "snoopi: gain and offset come together");
   if (gain.has_value()) {
     TORCH_CHECK(gain->numel() == c_in && offset->numel() == c_in, "snoopi: a norm must be [", c_in,
@@ -99,12 +101,18 @@ Tensor geglu(const Tensor& x, const Tensor& weight, int64_t c_out, const Optiona
   if (bias.has_value()) {
     TORCH_CHECK(bias->dim() == 1 && bias->size(0) == c_out, "snoopi: bias must be [", c_out,
                 "], got ", bias->sizes());
-    sum = paired(bias->to(sums), kernel.vector);
+    sum = gated ? paired(bias->to(sums), kernel.vector) : bias->to(sums).contiguous();
     call.added = sum.const_data_ptr();
   }
   at::DimVector sizes(x.sizes());
-  sizes.back() = c_out / 2;
+  sizes.back() = gated ? c_out / 2 : c_out;
   const Tensor out = at::empty(sizes, x.options().dtype(type));
+  if (residual.has_value()) {
+    TORCH_CHECK(residual->sizes() == out.sizes(), "snoopi: residual must be ", out.sizes(),
+                ", got ", residual->sizes());
+    rest = residual->to(type).contiguous();
+    call.residual = rest.const_data_ptr();
+  }
   call.out = out.mutable_data_ptr();
   if (out.numel() > 0) run(call, kernel);
   return out.scalar_type() == x.scalar_type() ? out : out.to(x.scalar_type());
@@ -114,7 +122,7 @@ Tensor geglu(const Tensor& x, const Tensor& weight, int64_t c_out, const Optiona
 }  // namespace snoopi
 
 TORCH_LIBRARY_IMPL(snoopi, CPU, m) {
-  m.impl("geglu", &snoopi::geglu);
+  m.impl("linear", &snoopi::linear);
   m.impl("pack_linear", &snoopi::pack_linear);
   m.impl("pack_geglu", &snoopi::pack_geglu);
 }

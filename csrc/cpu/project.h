@@ -1,8 +1,8 @@
 // Products of rows with packed weights, what is before them (LayerNorm), and how they leave: with
-// a bias, or gated.
+// bias and residual, or gated.
 #pragma once
 
-#include "geglu.h"
+#include "linear.h"
 #include "pack.h"
 
 namespace snoopi {
@@ -41,10 +41,29 @@ template <typename F>
 struct Projection {
   const typename F::Unit* weight;  // panels of the columns from 0 on
   int64_t c_in, c_out;
-  const typename F::Acc* added;  // [c_out], or null
-  typename F::T* out;            // [rows c_out] from the first row on; [rows c_out / 2] if gated
+  const typename F::Acc* added;   // [c_out], or null
+  const typename F::T* residual;  // [rows c_out] from the first row on, or null
+  typename F::T* out;             // as the residual; [rows c_out / 2] if gated
   bool gated;
 };
+
+// Rows of a whole panel.
+template <typename F, bool kResidual>
+void leave_rows(const typename F::Acc* y, const Vec<typename F::Acc>* added,
+                const typename F::T* residual, int64_t count, int64_t stride, typename F::T* out) {
+  typedef typename F::Acc Acc;
+  static_assert(kPanelVectors == 2);
+  const Vec<Acc> first = added[0], second = added[1];
+  for (int64_t i = 0; i < count; ++i, y += kPanelColumns<F>, out += stride) {
+    Vec<Acc> low = load(y) + first, high = load(y + W<F>) + second;
+    if constexpr (kResidual) {
+      low += widen_load(residual + i * stride);
+      high += widen_load(residual + i * stride + W<F>);
+    }
+    narrow_store(low, out);
+    narrow_store(high, out + W<F>);
+  }
+}
 
 // The products of rows [r, r + count) with the panel of columns from j on.
 template <typename F>
@@ -67,9 +86,18 @@ void leave_panel(const Projection<F>& to, int64_t r, int64_t count, int64_t j,
     return;
   }
   T* out = to.out + r * to.c_out + j;
+  const T* residual = to.residual == nullptr ? nullptr : to.residual + r * to.c_out + j;
+  if (columns >= kPanelColumns<F>) {
+    const auto leave = residual == nullptr ? leave_rows<F, false> : leave_rows<F, true>;
+    return leave(y, added, residual, count, to.c_out, out);
+  }
   for (int64_t i = 0; i < count; ++i, y += kPanelColumns<F>, out += to.c_out) {
     for (int v = 0; v < kPanelVectors && v * kW < columns; ++v) {
-      narrow_store<Acc>(load(y + v * kW) + added[v], out + v * kW, columns - v * kW);
+      Vec<Acc> sum = load(y + v * kW) + added[v];
+      if (residual != nullptr) {
+        sum += widen_load<Acc>(residual + i * to.c_out + v * kW, columns - v * kW);
+      }
+      narrow_store<Acc>(sum, out + v * kW, columns - v * kW);
     }
   }
 }
@@ -96,7 +124,7 @@ void project_rows(const typename F::Unit* rows, int64_t stride, int64_t num_rows
 // Rows, each brought to mean 0 and variance 1 over its channels, times gain, plus offset. A
 // vector's lanes of rows go together, so that their means and variances are one vector's work.
 template <typename F>
-void normalize_rows(const GEGLU& call, const typename F::T* x, int64_t rows, int64_t stride,
+void normalize_rows(const Linear& call, const typename F::T* x, int64_t rows, int64_t stride,
                     typename F::Element* to) {
   typedef typename F::Acc Acc;
   constexpr int kW = W<F>;
@@ -145,14 +173,14 @@ void normalize_rows(const GEGLU& call, const typename F::T* x, int64_t rows, int
 }
 
 template <typename F>
-struct RowsScratch {
+struct LinearScratch {
   typename F::Unit* rows;  // [rows, stride]
   typename F::Acc* y;      // [block, panel]
   int64_t stride;          // units
 };
 
 template <typename F>
-int64_t lay_out(const GEGLU& call, int64_t rows, char* memory, RowsScratch<F>* scratch) {
+int64_t lay_out(const Linear& call, int64_t rows, char* memory, LinearScratch<F>* scratch) {
   // Strides of a power of two would crowd few sets of the caches.
   scratch->stride = depth_units<F>(call.c_in) + 16;
   const int64_t units = round_up(rows, kBlockRows) * scratch->stride;
@@ -163,13 +191,13 @@ int64_t lay_out(const GEGLU& call, int64_t rows, char* memory, RowsScratch<F>* s
 }
 
 template <typename F>
-void run_geglu(const GEGLU& call, const RowsTask& task, void* memory) {
+void run_linear(const Linear& call, const LinearTask& task, void* memory) {
 #if defined(SNOOPI_AMX)
   const Tiles tiles;
 #endif
   typedef typename F::T T;
-  RowsScratch<F> scratch = {};
-  const int64_t rows = task.end - task.begin;
+  LinearScratch<F> scratch = {};
+  const int64_t rows = task.end - task.begin, width = call.gated ? call.c_out / 2 : call.c_out;
   lay_out(call, rows, static_cast<char*>(memory), &scratch);
   const T* x = static_cast<const T*>(call.x) + task.begin * call.c_in;
   if (call.gain != nullptr) {
@@ -181,26 +209,28 @@ void run_geglu(const GEGLU& call, const RowsTask& task, void* memory) {
                     depth_units<F>(call.c_in));
     }
   }
+  const T* residual = static_cast<const T*>(call.residual);
   const Projection<F> to = {
       static_cast<const typename F::Unit*>(call.weight),
       call.c_in,
       call.c_out,
       static_cast<const typename F::Acc*>(call.added),
-      static_cast<T*>(call.out) + task.begin * (call.c_out / 2),
-      true,
+      residual == nullptr ? nullptr : residual + task.begin * width,
+      static_cast<T*>(call.out) + task.begin * width,
+      call.gated,
   };
   project_rows<F>(scratch.rows, scratch.stride, rows, task.j_begin, task.j_end, to, scratch.y);
 }
 
 template <typename F>
-int64_t geglu_scratch(const GEGLU& call, int64_t rows) {
-  RowsScratch<F> scratch = {};
+int64_t linear_scratch(const Linear& call, int64_t rows) {
+  LinearScratch<F> scratch = {};
   return lay_out(call, rows, nullptr, &scratch);
 }
 
 // Most rows of a task, which are to stay in the second cache while the weights stream past.
 template <typename F>
-int64_t geglu_rows(int64_t c_in) {
+int64_t linear_rows(int64_t c_in) {
 #if defined(SNOOPI_AMX)
   constexpr int64_t kRoom = 5 << 18, kMost = 256;
 #else

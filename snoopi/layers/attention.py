@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from snoopi import ops
 from snoopi.conditioning import Conditioning, TextKV
 from snoopi.guidance import Guidance, strength, with_strength
-from snoopi.layers import packed
+from snoopi.layers.packed import PackedLinear, PackedTogether, linear
 from snoopi.ops import LinearPack, TextPack
 
 
@@ -26,13 +26,36 @@ class SelfAttention(nn.Module):
         self.to_k = nn.Linear(channels, heads * head_dim, bias=bias)
         self.to_v = nn.Linear(channels, heads * head_dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, channels)])
+        self._packed: PackedTogether | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b m c] -> [b m c]."""
-        q = self.to_q(x).unflatten(-1, (self.heads, -1))  # [b m h d]
-        k = self.to_k(x).unflatten(-1, (self.heads, -1))  # [b m h d]
-        v = self.to_v(x).unflatten(-1, (self.heads, -1))  # [b m h d]
-        return self.to_out[0](ops.attention(q, k, v).flatten(-2))  # [b m c]
+        return self.to_out[0](self._attend(x, None))
+
+    def added(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """x + attention of norm(x), [b m c] -> [b m c]."""
+        return linear(self.to_out[0], self._attend(x, norm), residual=x)
+
+    def _attend(self, x: Tensor, norm: nn.LayerNorm | None) -> Tensor:
+        """The attention's result of norm(x) before its projection, [b m h*d]."""
+        layers = (self.to_q, self.to_k, self.to_v)
+        if self._packed is not None and self._packed.takes(layers, x, norm):
+            y = self._packed.fused(x, norm).unflatten(-1, (3, self.heads, -1))  # [b m 3 h d]
+            q, k, v = y.unbind(2)  # [b m h d] each
+        else:
+            y = x if norm is None else norm(x)
+            q, k, v = (part(y).unflatten(-1, (self.heads, -1)) for part in layers)  # [b m h d]
+        return ops.attention(q, k, v).flatten(-2)
+
+    def pack(self) -> bool:
+        """Pack q, k and v as one product where that pays; see snoopi.optimize."""
+        layers = (self.to_q, self.to_k, self.to_v)
+        self._packed = PackedTogether(layers) if PackedTogether.pays(layers) else None
+        return self._packed is not None
+
+    def unpack(self) -> None:
+        """Undo `pack`."""
+        self._packed = None
 
 
 class CrossAttention(nn.Module):
@@ -48,7 +71,6 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.index, self.count = 0, 1
-        self._packed_out: tuple[LinearPack, int] | None = None
         self.to_q = nn.Linear(channels, heads * head_dim, bias=bias)
         self.to_k = nn.Linear(text_width, heads * head_dim, bias=bias)
         self.to_v = nn.Linear(text_width, heads * head_dim, bias=bias)
@@ -62,15 +84,33 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, cond: Conditioning, size: tuple[int, int]) -> Tensor:
         """x [b m c], the tokens of a picture of size (h, w) with m = h w -> [b m c]."""
-        q = self.to_q(x).unflatten(-1, (self.heads, -1))  # [b m h d]
+        return self._attend(x, cond, size, None, None)
+
+    def added(
+        self, x: Tensor, norm: nn.LayerNorm, cond: Conditioning, size: tuple[int, int]
+    ) -> Tensor:
+        """x + attention of norm(x), [b m c] -> [b m c]."""
+        return self._attend(x, cond, size, norm, x)
+
+    def _attend(
+        self,
+        x: Tensor,
+        cond: Conditioning,
+        size: tuple[int, int],
+        norm: nn.LayerNorm | None,
+        residual: Tensor | None,
+    ) -> Tensor:
+        q = linear(self.to_q, x, norm=norm).unflatten(-1, (self.heads, -1))  # [b m h d]
         pos = self._text(cond, 0)
         guidance = self._guidance(cond, size)
         if guidance is None or cond.negative is None:
-            return self._out(ops.attention(q, pos.k, pos.v, pos.mask))
+            return self._out(ops.attention(q, pos.k, pos.v, pos.mask), residual)
         neg, out = self._text(cond, 1), self._linear()
         null = self._text(cond, 2) if guidance.needs_null else None
         z = ops.guided_attention(q, pos, neg, out, guidance, null=null)
-        return z if out is not None else self._out(z)
+        if out is None:
+            return self._out(z, residual)
+        return z if residual is None else residual + z
 
     def _text(self, cond: Conditioning, which: int) -> TextPack:
         """K/V of the text (0), its negative (1) or the null text (2): filled in, or projected."""
@@ -102,35 +142,23 @@ class CrossAttention(nn.Module):
         return with_strength(cond.guidance, value)
 
     def _linear(self) -> LinearPack | None:
-        """to_out's weight and bias if the op may take the projection: only from a plain Linear.
+        """to_out's weight and bias if the op may take the projection: of a plain or packed Linear.
 
         An adapter, a hook, a subclass or a forward of its own on it would be bypassed in silence,
         so then the op returns z and to_out runs as a module.
         """
         out = self.to_out[0]
         hooks = (out._forward_hooks, out._forward_pre_hooks, out._backward_hooks)
-        if type(out) is not nn.Linear or "forward" in vars(out) or any(hooks):
+        if type(out) not in (nn.Linear, PackedLinear) or "forward" in vars(out) or any(hooks):
             return None
-        pack, version = self._packed_out or (None, 0)
-        # A graph would hold the pack, but could not see that the weight has changed.
-        if pack is None or torch.compiler.is_compiling():
-            return LinearPack(out.weight, out.bias)
-        current = pack.weight is out.weight and version == packed.version(out.weight)
-        return pack._replace(bias=out.bias) if current else LinearPack(out.weight, out.bias)
+        return out.for_attention() if isinstance(out, PackedLinear) else LinearPack(*_parts(out))
 
-    def pack_out(self) -> None:
-        """Pack to_out's weight for the op, if it may take the projection; see snoopi.optimize."""
-        linear = self._linear()
-        if linear is not None:
-            weight = linear.weight
-            self._packed_out = ops.pack_linear(weight, linear.bias), packed.version(weight)
+    def _out(self, z: Tensor, residual: Tensor | None) -> Tensor:
+        return linear(self.to_out[0], z.flatten(-2), residual=residual)  # [b m c]
 
-    def unpack_out(self) -> None:
-        """Undo pack_out."""
-        self._packed_out = None
 
-    def _out(self, z: Tensor) -> Tensor:
-        return self.to_out[0](z.flatten(-2))  # [b m c]
+def _parts(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    return layer.weight, layer.bias  # type: ignore[return-value]
 
 
 def _pool(region: Tensor, size: tuple[int, int]) -> Tensor:

@@ -17,7 +17,7 @@ from snoopi.conditioning import Conditioning
 from snoopi.layers.attention import CrossAttention, SelfAttention, fill_kv
 from snoopi.layers.blocks import Downsample, ResnetBlock, Upsample, norm_silu_conv
 from snoopi.layers.embeddings import TimestepEmbedding, sinusoid
-from snoopi.layers.packed import PackedGEGLU
+from snoopi.layers.packed import PackedGEGLU, added, linear
 from snoopi.layers.remake import remake
 
 
@@ -73,12 +73,12 @@ class FeedForward(nn.Module):
         """[b m c] -> [b m c]."""
         return remake(self._second, self.first(x))
 
-    def after(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
-        """The same of norm(x): in one pass up to the Linear back, where the first is packed."""
+    def added(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """x + the same of norm(x): in two passes where the Linears are packed."""
         first = self.first
         if isinstance(first, PackedGEGLU) and first.takes(x, norm):
-            return self.net["2"](first.gated(x, norm))
-        return self(norm(x))
+            return linear(self.net["2"], first.gated(x, norm), residual=x)
+        return x + self(norm(x))
 
     @property
     def first(self) -> nn.Linear:
@@ -104,9 +104,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Conditioning, size: tuple[int, int]) -> Tensor:
         """x [b m c], tokens of an h x w picture -> [b m c]."""
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), cond, size)
-        return x + self.ff.after(self.norm3, x)
+        x = added(self.attn1, x, self.norm1)
+        x = added(self.attn2, x, self.norm2, cond, size)
+        return added(self.ff, x, self.norm3)
 
 
 class SpatialTransformer(nn.Module):
@@ -138,7 +138,9 @@ class SpatialTransformer(nn.Module):
         for block in self.transformer_blocks:
             y = block(y, cond, (h, w))
         if self.linear_proj:
-            return x + self.proj_out(y).transpose(1, 2).unflatten(2, (h, w))  # [b c h w]
+            rows = x.flatten(2).transpose(1, 2)  # [b hw c], as the pixels lie in channels-last
+            y = linear(self.proj_out, y, residual=rows).unflatten(1, (h, w))  # [b h w c]
+            return y.permute(0, 3, 1, 2)  # [b c h w], channels-last also to PyTorch's eyes
         return x + self.proj_out(y.transpose(1, 2).unflatten(2, (h, w)))  # [b c h w]
 
 

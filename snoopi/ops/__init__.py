@@ -1,4 +1,4 @@
-"""Attention (plain, NASA and its twin form), convolutions, GEGLU; fused on the CPU where built."""
+"""Attention (plain, NASA, its twin form), convolutions, linears; fused on the CPU where built."""
 
 from snoopi.ops.conv import (
     Affine,
@@ -7,7 +7,7 @@ from snoopi.ops.conv import (
     group_norm_fold,
     pack_conv,
 )
-from snoopi.ops.geglu import GEGLUPack, LayerNorm, geglu, pack_geglu
+from snoopi.ops.linear import GEGLUPack, LayerNorm, geglu, linear, pack_geglu
 from snoopi.ops.nasa import (
     attention,
     explain,
@@ -32,6 +32,7 @@ __all__ = [
     "geglu",
     "group_norm_fold",
     "guided_attention",
+    "linear",
     "nasa_attention",
     "nasa_attention_packed",
     "pack_conv",

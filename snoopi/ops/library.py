@@ -23,7 +23,7 @@ PACK_LINEAR = "snoopi::pack_linear"
 CONV = "snoopi::conv"
 PACK_CONV = "snoopi::pack_conv"
 GROUP_NORM_FOLD = "snoopi::group_norm_fold"
-GEGLU = "snoopi::geglu"
+LINEAR = "snoopi::linear"
 PACK_GEGLU = "snoopi::pack_geglu"
 _NUM_NASA_TENSORS = 13
 _NUM_TWIN_TENSORS = 7
@@ -71,9 +71,9 @@ torch.library.define(
     PACK_CONV, "(Tensor weight, str kind) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
 torch.library.define(
-    GEGLU,
-    "(Tensor x, Tensor weight, int c_out, Tensor? bias, Tensor? gain, Tensor? offset, float eps) "
-    "-> Tensor",
+    LINEAR,
+    "(Tensor x, Tensor weight, int c_out, Tensor? bias, Tensor? gain, Tensor? offset, float eps, "
+    "bool gated, Tensor? residual) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(PACK_GEGLU, "(Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -244,9 +244,10 @@ def _pack_conv_fake(weight: Tensor, kind: str) -> Tensor:
     return weight.new_empty((size,), dtype=torch.uint8)
 
 
-@torch.library.register_fake(GEGLU)
-def _geglu_fake(x: Tensor, weight: Tensor, c_out: int, *args: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], c_out // 2))
+@torch.library.register_fake(LINEAR)
+def _linear_fake(x: Tensor, weight: Tensor, c_out: int, *args: Any) -> Tensor:
+    gated = args[4]
+    return x.new_empty((*x.shape[:-1], c_out // 2 if gated else c_out))
 
 
 @torch.library.register_fake(GROUP_NORM_FOLD)

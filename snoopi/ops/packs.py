@@ -33,7 +33,7 @@ class TextPack(NamedTuple):
 
 
 class LinearPack(NamedTuple):
-    """A projection as `nasa_attention_packed` takes it: weight [c_out h*d], bias [c_out].
+    """A linear layer as `linear` and `nasa_attention_packed` take it: weight [c_out c_in], bias.
 
     packed: bytes [size] of the native layout; None where there is no native kernel for it.
     """
@@ -81,7 +81,7 @@ def pack_text(k: Tensor, v: Tensor, mask: Tensor | None = None) -> TextPack:
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> LinearPack:
-    """Pack an output projection for `nasa_attention_packed`; do it once per set of weights.
+    """Pack a linear layer for `linear` or `nasa_attention_packed`; do it once per set of weights.
 
     weight [c_out c_in] and bias [c_out] as in nn.Linear. The pack is a snapshot for inference: it
     does not follow later changes of the weights.

@@ -109,21 +109,35 @@ def group_norm_fold(
     return scale.to(computing_dtype(x)), shift.to(computing_dtype(x))
 
 
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: tuple[Tensor, Tensor, float] | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """norm(x) W^T + bias + residual; x [.. c_in]. norm: a LayerNorm's gain, offset and eps."""
+    y = _wide_linear(x, weight, bias, norm)
+    return (y if residual is None else y + residual.to(y.dtype)).to(x.dtype)
+
+
 def geglu(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor, Tensor, float] | None
 ) -> Tensor:
-    """value * gelu(gate), value and gate the halves of norm(x) W^T + bias; x [.. c_in].
+    """value * gelu(gate), value and gate the halves of norm(x) W^T + bias; x [.. c_in]."""
+    value, gate = _wide_linear(x, weight, bias, norm).chunk(2, dim=-1)
+    return (value * F.gelu(gate)).to(x.dtype)
 
-    norm: a LayerNorm's gain and offset [c_in], and eps.
-    """
+
+def _wide_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor, Tensor, float] | None
+) -> Tensor:
     dtype = computing_dtype(x)
     y = x.to(dtype)
     if norm is not None:
         gain, offset, eps = norm
         y = F.layer_norm(y, (x.shape[-1],), gain.to(dtype), offset.to(dtype), eps)
-    y = F.linear(y, weight.to(dtype), None if bias is None else bias.to(dtype))
-    value, gate = y.chunk(2, dim=-1)
-    return (value * F.gelu(gate)).to(x.dtype)
+    return F.linear(y, weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def computing_dtype(q: Tensor) -> torch.dtype:

@@ -32,6 +32,7 @@ from benchmarks import (
 from benchmarks.calls import METHODS, Shape
 from snoopi import ops, zoo
 from snoopi.layers.attention import CrossAttention
+from snoopi.layers.packed import PackedLinear
 from snoopi.models.clip import CLIPTextConfig
 from snoopi.models.unet import UNetConfig
 from snoopi.models.vae import VAEConfig
@@ -532,10 +533,10 @@ def test_both_steps_run_on_the_optimized_network(
         packed["nasa"] += 1
         return fused(q, pos, neg, out, *how, **kwargs)
 
-    def without_negative(self: CrossAttention, z: torch.Tensor) -> torch.Tensor:
-        assert self._packed_out is not None
+    def without_negative(self: CrossAttention, z: torch.Tensor, *rest: Any) -> torch.Tensor:
+        assert isinstance(self.to_out[0], PackedLinear)
         packed["plain"] += 1
-        return plain(self, z)
+        return plain(self, z, *rest)
 
     monkeypatch.setattr(CrossAttention, "_out", without_negative)
     monkeypatch.setattr(ops, "guided_attention", with_packs)

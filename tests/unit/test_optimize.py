@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from snoopi import lora, ops
 from snoopi.conditioning import Conditioning
 from snoopi.guidance import NAG, NASA, VSF, Guidance
-from snoopi.layers.attention import CrossAttention
+from snoopi.layers import packed
+from snoopi.layers.attention import CrossAttention, SelfAttention
 from snoopi.layers.blocks import ResnetBlock, Upsample
-from snoopi.layers.packed import PackedConv2d, PackedGEGLU
+from snoopi.layers.packed import PackedConv2d, PackedGEGLU, PackedLinear, PackedPointwise
 from snoopi.models.unet import UNet, UNetConfig
 from snoopi.models.vae import VAE, VAEConfig
 from snoopi.ops import reference
@@ -44,10 +45,10 @@ def picture() -> Tensor:
 def test_packed_weights_give_the_same(guidance: Guidance) -> None:
     net, x, cond = layer(), picture(), condition(guidance)
     plain = net(x, cond, (4, 4))
-    assert optimize(nn.ModuleList([net]))[0] is net and net._packed_out is not None
+    assert optimize(nn.ModuleList([net]))[0] is net and isinstance(net.to_out[0], PackedLinear)
     torch.testing.assert_close(net(x, cond, (4, 4)), plain)
     restore(net)
-    assert net._packed_out is None
+    assert type(net.to_out[0]) is nn.Linear
     assert torch.equal(net(x, cond, (4, 4)), plain)
 
 
@@ -79,7 +80,7 @@ def test_changed_weights_are_seen(how: str) -> None:
     assert (got - before).abs().max() > 1e-2
     lora.remove(net)
     optimize(net)
-    assert net._packed_out is not None
+    assert isinstance(net.to_out[0], PackedLinear)
 
 
 @torch.no_grad()
@@ -96,7 +97,7 @@ def test_a_parameter_that_wants_a_gradient_is_refused() -> None:
     net["b"].to_out[0].bias.requires_grad_(True)
     with pytest.raises(ValueError, match=r"b\.to_out\.0\.bias requires a gradient"):
         optimize(net)
-    assert net["a"]._packed_out is None
+    assert type(net["a"].to_out[0]) is nn.Linear
 
 
 def fresh(net: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -116,11 +117,11 @@ def vae(dtype: torch.dtype) -> nn.Module:
     return fresh(VAE(VAEConfig(channels=(32, 64), resnets=1, norm_groups=8)), dtype)
 
 
-def run(net: nn.Module, dtype: torch.dtype) -> Tensor:
+def run(net: nn.Module, dtype: torch.dtype, text_width: int = 12) -> Tensor:
     g = torch.Generator().manual_seed(4)
     if isinstance(net, VAE):
         return net.decode(net.encode(torch.randn(2, 3, 18, 12, generator=g).to(dtype)))
-    cond = Conditioning(torch.randn(2, 7, 12, generator=g).to(dtype))
+    cond = Conditioning(torch.randn(2, 7, text_width, generator=g).to(dtype))
     x = torch.randn(2, 4, 9, 6, generator=g).to(dtype)  # odd: the upsampler is told a size
     return net(x, torch.tensor([999, 271]), cond)
 
@@ -263,6 +264,120 @@ def test_geglu() -> None:
         ops.pack_geglu(weight[1:])
     if NATIVE.pairs:
         packed = ops.pack_geglu(weight.bfloat16()).packed
-        args = (x.bfloat16(), packed, 192, bias, gain, offset, 1e-5)
-        torch.library.opcheck(torch.ops.snoopi.geglu, args)
+        args = (x.bfloat16(), packed, 192, bias, gain, offset, 1e-5, True, None)
+        torch.library.opcheck(torch.ops.snoopi.linear, args)
         torch.library.opcheck(torch.ops.snoopi.pack_geglu, (weight.bfloat16(),))
+
+
+@torch.no_grad()
+def test_linear() -> None:
+    """Against fp64, with and without norm, bias and residual; whole panels of columns, and not."""
+    g = torch.Generator().manual_seed(5)
+    for rows, c_in, c_out in ((1, 32, 7), (37, 64, 96), (300, 96, 100), (2100, 32, 64)):
+        sizes = ((2, rows, c_in), (c_out, c_in), (c_out,), (2, rows, c_out), (c_in,), (c_in,))
+        drawn = [torch.randn(size, generator=g, dtype=torch.float64) for size in sizes]
+        for dtype in (torch.float64, *DTYPES):
+            x, weight, bias, residual, *norm = (t.to(dtype) for t in drawn)
+            for given in range(8):
+                b, r = bias if given & 1 else None, residual if given & 2 else None
+                n = ops.LayerNorm(*norm) if given & 4 else None
+                wide = [None if t is None else t.double() for t in (x, weight, b, r)]
+                wide_norm = None if n is None else (*(t.double() for t in norm), n.eps)
+                truth = reference.linear(*wide[:3], wide_norm, wide[3])  # type: ignore[arg-type]
+                got = ops.linear(x, ops.pack_linear(weight, b), norm=n, residual=r)
+                bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+                assert got.dtype == dtype and off(got, truth) < bound
+    pack = ops.pack_linear(weight, bias)
+    with pytest.raises(ValueError, match=r"x must be \[.. 32\], got \[2, 2100, 31\]"):
+        ops.linear(x[..., 1:], pack)
+    with pytest.raises(ValueError, match=r"residual must be \[2, 2100, 64\], got \[2, 2100, 63\]"):
+        ops.linear(x, pack, residual=residual[..., 1:])
+    if NATIVE.projects:
+        args = (x, pack.packed, 64, bias, *norm, 1e-5, False, residual)
+        torch.library.opcheck(torch.ops.snoopi.linear, args)
+        with pytest.raises(RuntimeError, match=r"a packed weight of 32 to 90 channels must be"):
+            torch.ops.snoopi.linear(x, pack.packed, 90, None, None, None, 0.0, False, None)
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear layers are packed on any processor and in any dtype, not where it pays alone."""
+    if not NATIVE.projects:
+        pytest.skip(f"no packed weights: {NATIVE.why}")
+    monkeypatch.setattr(packed, "pays", lambda weight: weight.shape[1] % 32 == 0)
+
+
+def linear_unet(dtype: torch.dtype) -> nn.Module:
+    sizes = {"channels": (32, 64), "resnets": 1, "depth": (1, 1), "heads": (2, 2)}
+    config = UNetConfig(**sizes, text_width=32, norm_groups=8, linear_proj=True)  # type: ignore[arg-type]
+    return fresh(UNet(config), dtype)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("make", [unet, linear_unet])
+def test_linear_layers_are_packed_and_restored(
+    make: Callable[..., nn.Module], dtype: torch.dtype
+) -> None:
+    net = make(dtype)
+    width = net.config.text_width  # type: ignore[union-attr]
+    truth, plain = run(make(dtype).double(), torch.float64, width), run(net, dtype, width)
+    optimize(net)
+    kinds = [type(m) for m in net.modules()]
+    assert PackedLinear in kinds and PackedPointwise in kinds
+    assert all(m._packed is not None for m in net.modules() if isinstance(m, SelfAttention))
+    got = run(net, dtype, width)
+    assert not torch.equal(got, plain)
+    assert off(got, truth) <= 2 * off(plain, truth)
+    restore(net)
+    assert torch.equal(run(net, dtype, width), plain)
+    assert not {PackedLinear, PackedPointwise} & {type(m) for m in net.modules()}
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("part", ["to_q", "to_k", "to_v", "to_out.0"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("how", ["in place", "bias", "replaced", "hook", "adapter"])
+def test_what_happens_to_packed_attention_is_seen(part: str, bias: bool, how: str) -> None:
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(32).requires_grad_(False)
+    net = SelfAttention(32, 2, 16, bias=bias).requires_grad_(False)
+    optimize(net)
+    assert net._packed is not None
+    x = picture()
+    before = net.added(x, norm)
+    module = net.get_submodule(part)
+    assert isinstance(module, nn.Linear)
+    if how == "in place":
+        module.weight.mul_(-1)
+    elif how == "bias":
+        module.bias = nn.Parameter(torch.ones(32), requires_grad=False)
+    elif how == "replaced":
+        module.weight = nn.Parameter(-module.weight, requires_grad=False)
+    elif how == "hook":
+        module.register_forward_hook(lambda module, args, out: -out)
+    else:
+        lora.inject(net, [part], rank=2, gamma=2.0)
+        module.lora_b.fill_(0.3)  # type: ignore[operator, union-attr]
+    got = net.added(x, norm)
+    plain = restore(copy.deepcopy(net))
+    torch.testing.assert_close(got, x + plain(norm(x)))
+    torch.testing.assert_close(net(norm(x)), plain(norm(x)))
+    if not (part == "to_k" and how == "bias"):  # a softmax does not see what all keys share
+        assert (got - before).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("everywhere")
+def test_a_hook_on_attention_sees_what_it_is_given() -> None:
+    """Its input after the norm, and its result without the residual, packed or not."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    for net in (linear_unet(torch.float32), optimize(linear_unet(torch.float32))):
+        for name in ("attn1", "attn2", "ff"):
+            part = net.get_submodule(f"down_blocks.0.attentions.0.transformer_blocks.0.{name}")
+            part.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+        run(net, torch.float32, 32)
+    for plain, packed_ in zip(seen[:3], seen[3:], strict=True):
+        torch.testing.assert_close(packed_, plain)

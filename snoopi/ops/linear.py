@@ -1,4 +1,4 @@
-"""The gated linear layer of a GEGLU with its LayerNorm, in one pass.
+"""Linear layers with what stands around them in one pass: LayerNorm, residual, the gate of a GEGLU.
 
 Native on the CPU (csrc/cpu/project.h); elsewhere the reference in plain PyTorch, same result to
 rounding. For inference: nothing here carries a gradient.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from snoopi.ops import native, reference
+from snoopi.ops.packs import LinearPack
 
 
 class LayerNorm(NamedTuple):
@@ -50,6 +51,28 @@ def pack_geglu(weight: Tensor) -> GEGLUPack:
     return GEGLUPack(weight, torch.ops.snoopi.pack_geglu(weight))
 
 
+def linear(
+    x: Tensor, pack: LinearPack, *, norm: LayerNorm | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """norm(x) W^T + bias + residual [.. c_out], x [.. c_in]; what is not given is left out.
+
+    pack: pack_linear's. 16-bit tensors are computed in fp32: x rounds once after the norm, the
+    result once.
+
+    Raises:
+        ValueError: shapes that do not fit the weight.
+    """
+    c_out, c_in = pack.weight.shape
+    _check(x, c_in, norm)
+    if residual is not None and tuple(residual.shape) != (*x.shape[:-1], c_out):
+        raise ValueError(f"residual must be {[*x.shape[:-1], c_out]}, got {list(residual.shape)}")
+    if not _native(x, pack):
+        return reference.linear(x, pack.weight, pack.bias, norm, residual)
+    parts = (None, None, 0.0) if norm is None else norm
+    args = (x, pack.packed, c_out, pack.bias, *parts, False, residual)
+    return torch.ops.snoopi.linear.default(*args)
+
+
 def geglu(
     x: Tensor, pack: GEGLUPack, bias: Tensor | None = None, *, norm: LayerNorm | None = None
 ) -> Tensor:
@@ -61,16 +84,24 @@ def geglu(
         ValueError: x, bias or norm that do not fit the weight.
     """
     c_out, c_in = pack.weight.shape
+    _check(x, c_in, norm)
+    if bias is not None and tuple(bias.shape) != (c_out,):
+        raise ValueError(f"bias must be [{c_out}], got {list(bias.shape)}")
+    if not _native(x, pack):
+        return reference.geglu(x, pack.weight, bias, norm)
+    parts = (None, None, 0.0) if norm is None else norm
+    return torch.ops.snoopi.linear.default(x, pack.packed, c_out, bias, *parts, True, None)
+
+
+def _native(x: Tensor, pack: LinearPack | GEGLUPack) -> bool:
+    """Whether the native op takes x: its kernel reads channels by 32."""
+    usable = pack.packed is not None and native.why_not(x) is None
+    return usable and x.dtype == pack.weight.dtype and x.shape[-1] % 32 == 0
+
+
+def _check(x: Tensor, c_in: int, norm: LayerNorm | None) -> None:
     if x.shape[-1] != c_in:
         raise ValueError(f"x must be [.. {c_in}], got {list(x.shape)}")
-    gain, offset, eps = (None, None, 0.0) if norm is None else norm
-    for name, part, size in (
-        ("bias", bias, c_out),
-        ("norm.gain", gain, c_in),
-        ("norm.offset", offset, c_in),
-    ):
-        if part is not None and tuple(part.shape) != (size,):
-            raise ValueError(f"{name} must be [{size}], got {list(part.shape)}")
-    if pack.packed is None or native.why_not(x) is not None or x.dtype != pack.weight.dtype:
-        return reference.geglu(x, pack.weight, bias, norm)
-    return torch.ops.snoopi.geglu.default(x, pack.packed, c_out, bias, gain, offset, eps)
+    for name, part in () if norm is None else (("gain", norm.gain), ("offset", norm.offset)):
+        if tuple(part.shape) != (c_in,):
+            raise ValueError(f"norm.{name} must be [{c_in}], got {list(part.shape)}")
