@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import platform
+from bisect import bisect_left
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -85,6 +87,40 @@ def drop_mapped(weight: Tensor) -> None:
         if low <= begin and begin + weight.nbytes <= high:
             drop_pages(weight)
             return
+
+
+def drop_read(weights: Iterable[Tensor]) -> None:
+    """Let the files in which the weights lie mapped leave memory, until they are read again.
+
+    Reading them again is cheap while the system still has them. A file of which a page was written
+    to in this process stays whole (Linux): what was written would be lost.
+    """
+    libc = _glibc()
+    if libc is None:
+        return
+    places = sorted({weight.data_ptr() for weight in weights})
+    for low, high in _unwritten_files():
+        i = bisect_left(places, low)
+        if i < len(places) and places[i] < high:
+            libc.madvise(low, high - low, mmap.MADV_DONTNEED)
+
+
+def _unwritten_files() -> list[tuple[int, int]]:
+    """Address ranges in which a file lies of which this process has no pages of its own (Linux)."""
+    try:
+        text = Path("/proc/self/smaps").read_text()
+    except OSError:
+        return []
+    ranges, found = [], None
+    for line in text.splitlines():
+        name, _, rest = line.partition(" ")
+        if not name.endswith(":"):  # "low-high permissions offset device inode path"
+            parts = rest.split(maxsplit=4)
+            low, _, high = name.partition("-")
+            found = (int(low, 16), int(high, 16)) if parts[3] != "0" else None
+        elif name == "Anonymous:" and found is not None and rest.split()[0] == "0":
+            ranges.append(found)
+    return ranges
 
 
 def _mapped_files() -> list[tuple[int, int]]:

@@ -2,9 +2,11 @@
 
 optimize(net) gives every 3x3 convolution its filters in the layout of the native op
 (snoopi.ops.pack_conv), which takes the norm, SiLU, doubling and sums around it along, every GEGLU
-its Linear (snoopi.ops.pack_geglu), and every cross-attention its output projection
-(snoopi.ops.pack_linear); other convolutions become channels-last. restore(net) takes it back. The
-plain weights stay and serve every other path, so results agree to rounding.
+its Linear (snoopi.ops.pack_geglu), every cross-attention its output projection
+(snoopi.ops.pack_linear), and where that pays (layers.packed.pays) all other Linears and 1x1
+convolutions, q, k and v of self-attention as one; other convolutions become channels-last.
+restore(net) takes it back. The plain weights stay and serve every other path, so results agree to
+rounding.
 """
 
 from __future__ import annotations

@@ -391,6 +391,8 @@ class Pipeline:
             features.append(getattr(out, text.output))
             mask = mask if read is None else read
             pooled = out.pooled if text.pooled else pooled
+        if self._recent is not None:  # the next texts may be long in coming
+            memory.drop_read(p for net in self.text_encoders if net for p in net.parameters())
         tokens = torch.cat(features, dim=-1)
         if self.backbone is not None:  # T5-XXL may be stored in bf16 beside an fp32 backbone
             tokens = tokens.to(self._dtype(self.backbone))
@@ -456,25 +458,33 @@ class Pipeline:
         self.forget()
         for net in self._present():
             net.to(device=device, dtype=dtype)
-            if self._recent is not None:  # what was packed is of the weights as they were
-                packing.optimize(net)
+        if self._recent is not None:  # what was packed is of the weights as they were
+            self._pack()
         return self
 
     def optimize(self) -> Pipeline:
         """Make the pipeline fast for inference, in place; pictures change by rounding at most.
 
-        Its networks are frozen and their weights packed (snoopi.optimize), the last texts are kept
-        with their K/V, and this process keeps freed memory (snoopi.memory.keep_freed: for all of
+        Its networks are frozen, backbone and VAE packed (snoopi.optimize), the last texts are kept
+        with their K/V, text encoders that lie in their file leave memory between texts, and this
+        process keeps freed memory (snoopi.memory.keep_freed: for all of
         it, not for this pipeline alone). Returns the pipeline.
         """
         return self._optimize()
 
     def _optimize(self, done: Callable[[Tensor], object] | None = None) -> Pipeline:
         for net in self._present():
-            packing.optimize(net.requires_grad_(False), done)
+            net.requires_grad_(False)
+        self._pack(done)
         self._recent = RecentTexts()
         memory.keep_freed()
         return self
+
+    def _pack(self, done: Callable[[Tensor], object] | None = None) -> None:
+        """Pack backbone and VAE; texts are short, their encoders large rather than slow."""
+        for net in (self.backbone, self.vae):
+            if net is not None and not is_deferred(net):
+                packing.optimize(net, done)
 
     def restore(self) -> Pipeline:
         """Undo `optimize`, but that networks stay frozen; returns the pipeline."""

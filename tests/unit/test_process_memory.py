@@ -143,6 +143,24 @@ def test_dropping_pages_spares_the_neighbours(tmp_path: Path) -> None:
     assert torch.equal(x[:first], want[:first]) and torch.equal(x[last:], want[last:])
 
 
+def test_weights_that_were_read_leave_memory_unless_written(tmp_path: Path) -> None:
+    """Files that are mapped and clean; of a written one every value stays, and it stays."""
+    values = {name: torch.randn(4 << 20) for name in ("read", "written")}
+    mapped = {}
+    for name, value in values.items():
+        save_file({name: value}, tmp_path / name)
+        with safe_open(tmp_path / name, framework="pt") as file:
+            mapped[name] = file.get_tensor(name)
+    mapped["written"][7] = 3.0
+    assert all(x.sum().isfinite() for x in mapped.values())
+    before = megabytes("RssFile")
+    memory.drop_read(mapped.values())
+    assert 14 < before - megabytes("RssFile") < 18
+    values["written"][7] = 3.0
+    assert all(torch.equal(mapped[name], values[name]) for name in values)
+    memory.drop_read([torch.ones(3)])  # not mapped from a file
+
+
 def test_importing_the_package_costs_next_to_nothing() -> None:
     """`import snoopi` loads neither torch nor anything of ours; the networks load no compiler."""
     program = """
