@@ -27,6 +27,7 @@ def reproduce(*words: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_comparison_is_stopped_resumed_and_read_again(tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["recipes", "debug", "--seeds", "0", "1", "--jobs", "2", "--out", str(out)]

@@ -340,6 +340,7 @@ def check_resume(out: Path, whole: Path, words: list[str], names: Sequence[str])
     assert len(got) == 20 and got == expected
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_give_the_losses_of_one_dit(dit: Path) -> None:
     for name, words, keys in (
@@ -355,6 +356,7 @@ def test_two_ranks_give_the_losses_of_one_dit(dit: Path) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_dit(dit: Path) -> None:
     out = dit.parent / "checkpointed"
     run(*student(dit.parent), QUIET, "parallel.checkpointing=true", "--out", str(out))
