@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from snoopi.evaluate.fid import FeatureStats, frechet_distance, frechet_interval
+from snoopi.evaluate.kid import kernel_distance, squared_mmd
 from snoopi.evaluate.precision_recall import precision_recall
 from snoopi.evaluate.removal import (
     Choice,
@@ -98,6 +99,47 @@ def test_frechet_refuses_bad_features() -> None:
         (lambda: stats.merge(FeatureStats(4)), "3 and 4"),
         (lambda: frechet_distance(stats, FeatureStats.of(draw(5, 4))), "3 and 4"),
         (lambda: frechet_distance(stats, FeatureStats.of(draw(1, 3))), "2 rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# --- kernel distance -------------------------------------------------------------------------
+
+
+def test_squared_mmd_equals_brute_force() -> None:
+    x, y = draw(9, 4), draw(7, 4, 1) + 0.5
+
+    def mean(a: Tensor, b: Tensor, same: bool) -> float:
+        pairs = [
+            (float(p @ q) / 4 + 1) ** 3
+            for i, p in enumerate(a)
+            for j, q in enumerate(b)
+            if not (same and i == j)
+        ]
+        return sum(pairs) / len(pairs)
+
+    want = mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
+    assert squared_mmd(x, y) == pytest.approx(want, rel=1e-12)
+    assert squared_mmd(x.float(), y.float()) == pytest.approx(want, rel=1e-5)
+
+
+def test_kernel_distance_has_no_bias_and_sees_a_shift() -> None:
+    real, fake = draw(2000, 6), draw(3000, 6, 1)
+    same = kernel_distance(real, fake, subsets=60, size=100)
+    assert abs(same.mean) < 4 * same.std / 60**0.5 + 1e-3
+    assert kernel_distance(real, fake, subsets=60, size=100) == same
+    assert kernel_distance(real, fake, subsets=60, size=100, seed=1) != same
+    assert kernel_distance(real, fake + 0.5, subsets=60, size=100).mean > 10 * abs(same.mean) + 0.1
+
+
+def test_kernel_distance_refuses_bad_features() -> None:
+    for call, message in (
+        (lambda: kernel_distance(draw(50, 3), draw(50, 3)), "1000 rows a side, got 50"),
+        (lambda: kernel_distance(draw(9, 3), draw(9, 4), size=5), "3 and 4 values"),
+        (lambda: kernel_distance(draw(9, 3), draw(9, 3), size=1), "size at least 2, got 100 and 1"),
+        (lambda: squared_mmd(draw(9, 3), draw(9, 3)[0]), r"finite \[n d\], got \[3\]"),
+        (lambda: squared_mmd(draw(9, 3), draw(9, 3) * torch.nan), r"finite \[n d\]"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
