@@ -29,6 +29,7 @@ from snoopi.folders import (
     replacing,
     write_networks,
 )
+from snoopi.graphs import Graphs
 from snoopi.guidance import METHODS, cfg, strength, with_strength
 from snoopi.noise import Noise
 from snoopi.pictures import to_uint8
@@ -90,6 +91,7 @@ class Pipeline:
         self.provenance = dict(provenance or {})
         self.folder: Path | None = None
         self._recent: RecentTexts | None = None  # after `optimize`
+        self._graphs: Graphs | None = None  # of the backbone's calls, on CUDA after `optimize`
 
     @torch.no_grad()
     def __call__(
@@ -265,8 +267,12 @@ class Pipeline:
         backbone, schedule, recipe = self.backbone, self.spec.schedule, self.spec.one_step
         assert backbone is not None
 
+        run = backbone
+        if self._records(z):
+            run = self._graphs = self._graphs or Graphs(backbone)
+
         def call(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-            return backbone(x.to(self._dtype(backbone)), t, cond)
+            return run(x.to(self._dtype(backbone)), t, cond)
 
         if recipe is not None and recipe.guidance is not None:
             width = torch.full((len(z),), 1000 * (recipe.guidance - 1), device=z.device)
@@ -284,6 +290,10 @@ class Pipeline:
             return x0
         away = one_step(call, schedule, z, null.expand(len(z)), recipe.t, recipe.abar)
         return cfg(x0, away, kappas[0])
+
+    def _records(self, z: Tensor) -> bool:
+        """Whether the backbone's calls for z become graphs."""
+        return z.is_cuda and self._recent is not None
 
     def condition(
         self,
@@ -365,14 +375,17 @@ class Pipeline:
         """Forget the texts of networks that have changed."""
         if self._recent is not None:
             parts = (self.backbone, *self.text_encoders)
-            self._recent.check([net for net in parts if net is not None], self.tokenizers)
+            nets = [net for net in parts if net is not None]
+            if not self._recent.check(nets, self.tokenizers):
+                self._graphs = None
 
     def forget(self) -> None:
-        """Forget the texts that were read, after a change that torch does not count.
+        """Forget the texts that were read, and CUDA graphs, after a change torch does not count.
 
         Weights that are replaced or changed in place are noticed; writes through `.data`, hooks and
         tensors of inference_mode are not.
         """
+        self._graphs = None
         if self._recent is not None:
             self._recent.clear()
 
@@ -466,9 +479,10 @@ class Pipeline:
         """Make the pipeline fast for inference, in place; pictures change by rounding at most.
 
         Its networks are frozen, backbone and VAE packed (snoopi.optimize), the last texts are kept
-        with their K/V, text encoders that lie in their file leave memory between texts, and this
-        process keeps freed memory (snoopi.memory.keep_freed: for all of
-        it, not for this pipeline alone). Returns the pipeline.
+        with their K/V, text encoders that lie in their file leave memory between texts, the
+        backbone's calls on CUDA become graphs (snoopi.graphs), and this process keeps freed memory
+        (snoopi.memory.keep_freed: for all of it, not for this pipeline alone). Returns the
+        pipeline.
         """
         return self._optimize()
 
@@ -490,7 +504,7 @@ class Pipeline:
         """Undo `optimize`, but that networks stay frozen; returns the pipeline."""
         for net in self._present():
             packing.restore(net)
-        self._recent = None
+        self._recent = self._graphs = None
         memory.give_back()
         return self
 

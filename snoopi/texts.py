@@ -81,8 +81,11 @@ class RecentTexts:
         self._texts.clear()
         self._seen = []
 
-    def check(self, networks: Sequence[nn.Module], tokenizers: Sequence[object]) -> None:
-        """Forget all if something of this has changed; before the first text of a call."""
+    def check(self, networks: Sequence[nn.Module], tokenizers: Sequence[object]) -> bool:
+        """Forget all if something of this has changed; before the first text of a call.
+
+        Returns whether all is as it was.
+        """
         tensors = [t for net in networks for t in (*net.parameters(), *net.buffers())]
         now = [*((t, _mark(t)) for t in tensors), *((t, None) for t in tokenizers)]
         known = len(now) == len(self._seen) and all(
@@ -92,6 +95,7 @@ class RecentTexts:
         if not known:
             self.clear()
             self._seen = [(weakref.ref(x), mark) for x, mark in now]
+        return known
 
 
 def _mark(x: Tensor) -> tuple[int, int]:

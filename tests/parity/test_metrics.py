@@ -1,4 +1,4 @@
-"""Frechet and kernel distance, precision and recall against torch-fidelity's, on the same features."""
+"""Frechet and kernel distance, precision, recall: torch-fidelity's, on the same features."""
 
 from __future__ import annotations
 
