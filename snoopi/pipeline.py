@@ -91,6 +91,7 @@ class Pipeline:
         self.provenance = dict(provenance or {})
         self.folder: Path | None = None
         self._recent: RecentTexts | None = None  # after `optimize`
+        self._lone = False  # whether the next call's texts are the first, and maybe only ones
         self._graphs: Graphs | None = None  # of the backbone's calls, on CUDA after `optimize`
 
     @torch.no_grad()
@@ -212,6 +213,9 @@ class Pipeline:
         conds = self._conditions(prompts, negatives, guidance, scales)
         conds = [self._sized(cond, z.shape[2:]) for cond in conds]
         null = None if null is None else self._sized(null, z.shape[2:])
+        if self._lone:  # where more texts follow, the system takes these pages when it needs them
+            memory.drop_read(p for net in self.text_encoders if net for p in net.parameters())
+            self._lone = False
         backbone = self.backbone
         assert backbone is not None
         z = z.to(next(backbone.parameters()).device)
@@ -404,8 +408,6 @@ class Pipeline:
             features.append(getattr(out, text.output))
             mask = mask if read is None else read
             pooled = out.pooled if text.pooled else pooled
-        if self._recent is not None:  # the next texts may be long in coming
-            memory.drop_read(p for net in self.text_encoders if net for p in net.parameters())
         tokens = torch.cat(features, dim=-1)
         if self.backbone is not None:  # T5-XXL may be stored in bf16 beside an fp32 backbone
             tokens = tokens.to(self._dtype(self.backbone))
@@ -479,7 +481,7 @@ class Pipeline:
         """Make the pipeline fast for inference, in place; pictures change by rounding at most.
 
         Its networks are frozen, backbone and VAE packed (snoopi.optimize), the last texts are kept
-        with their K/V, text encoders that lie in their file leave memory between texts, the
+        with their K/V, text encoders that lie in their file leave memory after the first texts, the
         backbone's calls on CUDA become graphs (snoopi.graphs), and this process keeps freed memory
         (snoopi.memory.keep_freed: for all of it, not for this pipeline alone). Returns the
         pipeline.
@@ -490,7 +492,7 @@ class Pipeline:
         for net in self._present():
             net.requires_grad_(False)
         self._pack(done)
-        self._recent = RecentTexts()
+        self._recent, self._lone = RecentTexts(), True
         memory.keep_freed()
         return self
 
@@ -504,7 +506,7 @@ class Pipeline:
         """Undo `optimize`, but that networks stay frozen; returns the pipeline."""
         for net in self._present():
             packing.restore(net)
-        self._recent = self._graphs = None
+        self._recent, self._graphs, self._lone = None, None, False
         memory.give_back()
         return self
 

@@ -7,13 +7,14 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import snoopi
-from snoopi import folders, zoo
+from snoopi import folders, memory, zoo
 from snoopi.conditioning import Conditioning
 from snoopi.folders import SHIPPED, shipped, shipped_or_path
 from snoopi.models.vae import PatchVAE
@@ -125,6 +126,21 @@ def test_an_optimized_pipeline_is_frozen_and_restored_by_a_call(folder: Path) ->
     assert torch.equal(fast.pictures(["a star", "a circle"], z, **options), want)
     for name, tensor in plain.backbone.state_dict().items():
         assert torch.equal(tensor, fast.backbone.state_dict()[name])
+
+
+def test_text_encoders_leave_memory_after_the_first_texts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: list[set[int]] = []
+    monkeypatch.setattr(memory, "drop_read", lambda weights: dropped.append({*map(id, weights)}))
+    net = snoopi.load(folder, optimize="auto")
+    first = np.array(net("a red circle", "square")[0])
+    assert dropped == [{id(p) for p in net.text_encoders[0].parameters()}]
+    net.forget()
+    assert (np.array(net("a red circle", "square")[0]) == first).all() and len(dropped) == 1
+    net.restore()
+    net("a red circle")
+    assert len(dropped) == 1
 
 
 def test_an_optimized_pipeline_moves_and_saves_as_a_plain_one(folder: Path, tmp_path: Path) -> None:
