@@ -31,6 +31,8 @@ from torch import Tensor, nn
 
 OURS, THEIRS = ("snoopi", "none"), ("diffusers", "channels_last", "compiled")
 NEGATIVE = "rain, blurry"
+# Costs the same at any strength; some models' own (0.04) would hide in rounding.
+STRENGTH = 0.5
 STORED_TOKENS, READ_TOKENS = 120, 20  # of a stored text, and how many of them are no padding
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -250,10 +252,14 @@ class Ours(Host):
         if not nasa:
             return lambda: net(given["x"], t, cond)
         mask = None if given["mask"] is None else given["mask"][:1]
-        scale = self.pipeline.spec.strengths["nasa"]
         negative = Conditioning(given["negative"], mask)
         guided = Conditioning(
-            cond.tokens, cond.mask, cond.pooled, cond.size_ids, negative=negative, nasa_scale=scale
+            cond.tokens,
+            cond.mask,
+            cond.pooled,
+            cond.size_ids,
+            negative=negative,
+            nasa_scale=STRENGTH,
         )
         return lambda: net(given["x"], t, net.text_kv(guided))
 
@@ -261,14 +267,17 @@ class Ours(Host):
         self, side: str, prompts: Sequence[str], pixels: int, negative: str | None, vae: str
     ) -> list[Any]:
         self.pipeline.vae = self.vaes[vae]
-        return self.pipeline(prompts, negative, size=(pixels, pixels))
+        scale = None if negative is None else STRENGTH
+        return self.pipeline(prompts, negative, scale=scale, size=(pixels, pixels))
 
     def picture(
         self, side: str, prompts: Sequence[str], z: Any, negative: str | None, vae: str
     ) -> Any:
         """As a call of the pipeline makes them, before they are rounded to 8 bits."""
         self.pipeline.vae = self.vaes[vae]
-        made = self.pipeline.pictures(prompts, torch.from_numpy(z), [negative] * len(prompts))
+        scale = None if negative is None else STRENGTH
+        negatives = [negative] * len(prompts)
+        made = self.pipeline.pictures(prompts, torch.from_numpy(z), negatives, scale=scale)
         return made.float().numpy()
 
 
