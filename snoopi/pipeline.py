@@ -595,7 +595,7 @@ def load(
     pipeline.to(device)
     # Nobody has written to the weights yet, so that what a pack stands for may leave memory: who
     # reads it later reads the file again.
-    return pipeline._optimize(memory.drop_mapped) if optimize == "auto" else pipeline
+    return pipeline._optimize(memory.dropper()) if optimize == "auto" else pipeline
 
 
 def _attend_where(text: Conditioning, used: Tensor) -> Conditioning:
