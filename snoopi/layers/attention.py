@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from snoopi import ops
 from snoopi.conditioning import Conditioning, TextKV
 from snoopi.guidance import Guidance, strength, with_strength
-from snoopi.layers.packed import PackedLinear, PackedTogether, linear
+from snoopi.layers.packed import PackedLinear, PackedTogether, hooked, linear
 from snoopi.ops import LinearPack, TextPack
 
 
@@ -148,17 +148,14 @@ class CrossAttention(nn.Module):
         so then the op returns z and to_out runs as a module.
         """
         out = self.to_out[0]
-        hooks = (out._forward_hooks, out._forward_pre_hooks, out._backward_hooks)
-        if type(out) not in (nn.Linear, PackedLinear) or "forward" in vars(out) or any(hooks):
+        if type(out) not in (nn.Linear, PackedLinear) or hooked(out):
             return None
-        return out.for_attention() if isinstance(out, PackedLinear) else LinearPack(*_parts(out))
+        if isinstance(out, PackedLinear):
+            return out.for_attention()
+        return LinearPack(out.weight, out.bias)  # type: ignore[arg-type]
 
     def _out(self, z: Tensor, residual: Tensor | None) -> Tensor:
         return linear(self.to_out[0], z.flatten(-2), residual=residual)  # [b m c]
-
-
-def _parts(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    return layer.weight, layer.bias  # type: ignore[return-value]
 
 
 def _pool(region: Tensor, size: tuple[int, int]) -> Tensor:

@@ -190,7 +190,7 @@ class PackedTogether:
         self._pack = ops.pack_linear(
             torch.cat(weights), torch.cat(biases).detach() if biases else None
         )
-        # The op reads the packed layout; of the weight only its shape is of use.
+        # The op reads the packed layout; of the weight only shape and dtype are of use.
         self._pack = self._pack._replace(weight=self._pack.weight.to("meta"))
         self._marks = [mark(layer) for layer in layers]
         self._biases = [mark_of(layer.bias) for layer in layers]
@@ -203,19 +203,15 @@ class PackedTogether:
 
     def takes(self, layers: Sequence[nn.Linear], x: Tensor, norm: nn.LayerNorm | None) -> bool:
         """Whether `fused` serves for these layers, which must be the ones that were packed."""
-        plain = all(type(layer) is nn.Linear for layer in layers)
-        biases = [mark_of(layer.bias) for layer in layers]
         return (
-            plain and biases == self._biases and _serve(layers, self._marks, x, norm, nn.LayerNorm)
+            _serve(layers, self._marks, x, norm, nn.LayerNorm)
+            and all(type(layer) is nn.Linear for layer in layers)
+            and [mark_of(layer.bias) for layer in layers] == self._biases
         )
 
     def fused(self, x: Tensor, norm: nn.LayerNorm | None) -> Tensor:
         """The layers' results for norm(x), next to each other in the last dim."""
-        parts = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-        weight, bias, packed = self._pack
-        return torch.ops.snoopi.linear.default(
-            x, packed, weight.shape[0], bias, *parts, False, None
-        )
+        return ops.linear(x, self._pack, norm=layer_norm(norm))
 
 
 def linear(
@@ -254,8 +250,12 @@ class PackedGEGLU(Packed, nn.Linear):
 
 
 def added(part: Any, x: Tensor, norm: nn.LayerNorm, *args: Any) -> Tensor:
-    """x + part(norm(x), *args), by the part's `added` unless a hook is to see what it is given."""
-    if hooked(part):
+    """x + part(norm(x), *args), by the `added` of the part's own class where nobody would miss it.
+
+    A hook is to see what the part is given. A subclass may have another forward, and what was put
+    in the part's place has no `added`. In a compiled graph no pack serves.
+    """
+    if torch.compiler.is_compiling() or "added" not in vars(type(part)) or hooked(part):
         return x + part(norm(x), *args)
     return part.added(x, norm, *args)
 
@@ -306,8 +306,9 @@ def _serve(
 
 def hooked(module: nn.Module) -> bool:
     """Whether a call of the module does more than its class's forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    return "forward" in vars(module) or any(hooks)
+    forward = (module._forward_hooks, module._forward_pre_hooks)
+    backward = (module._backward_hooks, module._backward_pre_hooks)
+    return "forward" in vars(module) or any(forward) or any(backward)
 
 
 def _watched(module: nn.Module) -> bool:

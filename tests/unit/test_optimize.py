@@ -381,3 +381,39 @@ def test_a_hook_on_attention_sees_what_it_is_given() -> None:
         run(net, torch.float32, 32)
     for plain, packed_ in zip(seen[:3], seen[3:], strict=True):
         torch.testing.assert_close(packed_, plain)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_attention_compiles_as_one_graph(bias: bool) -> None:
+    torch.compiler.reset()
+    net = optimize(SelfAttention(32, 2, 16, bias=bias).requires_grad_(False))
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(picture()), net(picture()))
+
+
+class Halved(SelfAttention):
+    """What somebody makes of ours."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * super().forward(x)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("kind", [Halved, nn.Identity])
+def test_another_class_in_the_place_of_attention_is_called(kind: type[nn.Module]) -> None:
+    """Packed or not: its own forward runs."""
+    results = []
+    for pack in (False, True):
+        net = linear_unet(torch.float32)
+        block = net.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0")
+        other = Halved(32, 2, 16).requires_grad_(False) if kind is Halved else nn.Identity()
+        if kind is Halved:
+            other.load_state_dict(block.attn1.state_dict())  # type: ignore[operator, union-attr]
+        plain = run(net, torch.float32, 32)
+        block.attn1 = other
+        results.append(run(optimize(net) if pack else net, torch.float32, 32))
+        assert (results[-1] - plain).abs().max() > 1e-3
+    torch.testing.assert_close(*results)
