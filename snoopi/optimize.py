@@ -33,8 +33,8 @@ def optimize(module: nn.Module, done: Callable[[Tensor], object] | None = None) 
 
     A pack is a snapshot. Where its Parameter was replaced or changed in place since, it is not
     used; changes through `.data`, and of tensors made under inference_mode, it cannot see. So it is
-    for inference: refused while a Linear or Conv2d has a parameter that requires a gradient. What has an
-    adapter or a hook is left alone.
+    for inference: refused while a Linear or Conv2d has a parameter that requires a gradient. What
+    has an adapter or a hook is left alone.
 
     done: called with every weight once it is packed, which only other paths read from then on.
     Returns the module.
