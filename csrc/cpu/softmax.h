@@ -10,7 +10,7 @@ namespace {
 // multiply-add from the products: rounding the row's shift does not matter, because every element
 // has the same.
 //
-// Of runs after the `first`, max and sum are those of all before: max moves only where it would be
+// Of runs that do not `begin` the text, max and sum are those of all before: max moves only where it would be
 // exceeded by more than kSlack octaves (which fp32 has room for), because then what was summed
 // before counts by `factor`. Returns whether it moved in any row.
 template <typename F, bool kExact>
