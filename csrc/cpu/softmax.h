@@ -10,9 +10,9 @@ namespace {
 // multiply-add from the products: rounding the row's shift does not matter, because every element
 // has the same.
 //
-// Of runs that do not `begin` the text, max and sum are those of all before: max moves only where it would be
-// exceeded by more than kSlack octaves (which fp32 has room for), because then what was summed
-// before counts by `factor`. Returns whether it moved in any row.
+// Of runs that do not `begin` the text, max and sum are those of all before: max moves only where
+// it would be exceeded by more than kSlack octaves (which fp32 has room for), because then what was
+// summed before counts by `factor`. Returns whether it moved in any row.
 template <typename F, bool kExact>
 bool exponentials(int64_t rows, int64_t n, double softmax_scale, bool begin, typename F::Acc* s,
                   int64_t s_stride, typename F::Unit* p_units, int64_t p_stride,

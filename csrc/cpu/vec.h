@@ -90,9 +90,9 @@ constexpr float kNearTerms[] = {0x1.c3f760p-5f, 0x1.f0de1ap-3f, 0x1.62f31ap-1f, 
 constexpr int kExactCount = sizeof(kExactTerms) / sizeof(float);
 constexpr int kNearCount = sizeof(kNearTerms) / sizeof(float);
 
-// x[i] = 2^x[i] for x <= 0 (and up to 127); below 2^-125 it stays there. NaN stays NaN. Within 2e-8 of its value,
-// or 8e-5 if it need not be `kExact`, where it is rounded to bf16 (2e-3). Several at a time,
-// because the chain of one is long and a processor's queues are short.
+// x[i] = 2^x[i] for x <= 0 (and up to 127); below 2^-125 it stays there. NaN stays NaN. Within 2e-8
+// of its value, or 8e-5 if it need not be `kExact`, where it is rounded to bf16 (2e-3). Several at
+// a time, because the chain of one is long and a processor's queues are short.
 template <bool kExact, int kCount>
 inline void exp2_nonpositive(VecF* x) {
   // Adding 1.5 * 2^23 rounds to an integer, held in the low bits; + 127 is the exponent's bias.
