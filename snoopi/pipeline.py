@@ -115,7 +115,8 @@ class Pipeline:
         "none". A multi-step model runs under CFG at its own kappa besides, but for "none".
         scale: its strength; for "cfg" it is kappa (1 = off). None: the model's default. A sequence
         gives every network call its own (pndm: one more than steps); under a guidance of attention
-        a strength may be a tensor of one per cross-attention in forward order [layers].
+        a strength may be a tensor of one per cross-attention in forward order [layers], under
+        "cfg" of one per picture [b].
         steps: None is the recipe's of a one-step model (mostly one), else the model's default.
         size: (height, width) in pixels. tile: decode pictures that are larger than so many latent
         pixels in tiles of that side, in the memory of one (see `decode_tiled`); None: as a whole.
@@ -200,13 +201,14 @@ class Pipeline:
         if not prompts:
             raise ValueError("give at least one prompt")
         plan = self._plan(steps)
-        scales = self._scales(guidance, scale, plan)
+        scales = self._scales(guidance, scale, plan, len(z))
         negatives = list(negatives or [None] * len(prompts))
         self._check_recent()
-        null, kappas = None, [self.spec.kappa] * len(scales)
+        null: Conditioning | None = None
+        kappas: list[Strength] = [self.spec.kappa] * len(scales)
         if guidance == "cfg":
-            kappas = [float(scale) for scale in scales]
-        if guidance == "cfg" and any(kappa != 1 for kappa in kappas):
+            kappas = scales
+        if guidance == "cfg" and any(isinstance(k, Tensor) or k != 1 for k in kappas):
             null = self._filled(self._unconditional(negatives))
         elif guidance in self._over_cfg():
             null = self._filled(self._null())
@@ -237,7 +239,7 @@ class Pipeline:
             return _Plan(recipe.sampler, steps, times, more)
         return _Plan("ddim" if steps > 1 else "", steps)
 
-    def _scales(self, guidance: str, scale: Scale, plan: _Plan) -> list[Strength]:
+    def _scales(self, guidance: str, scale: Scale, plan: _Plan, batch: int) -> list[Strength]:
         """One strength for all network calls, or one per call, checked."""
         calls = plan.calls(self.spec.schedule)  # of impossible steps: an error
         if scale is None:
@@ -249,10 +251,14 @@ class Pipeline:
                 f"scale must be one number, or one per network call: {calls}, got {len(scales)}"
             )
         for value in scales:
-            if isinstance(value, Tensor) and (guidance not in METHODS or value.dim() > 1):
+            if isinstance(value, Tensor) and not (
+                value.shape == (batch,)
+                if guidance == "cfg"
+                else guidance in METHODS and value.dim() < 2
+            ):
                 raise ValueError(
-                    f"scale may be a tensor [layers] under {', '.join(METHODS)}, "
-                    f"got {list(value.shape)} under {guidance}"
+                    f"scale may be a tensor [layers] under {', '.join(METHODS)}, of one per "
+                    f"picture [{batch}] under cfg; got {list(value.shape)} under {guidance}"
                 )
             if not torch.as_tensor(value).isfinite().all():
                 raise ValueError(f"scale must be a finite number, got {value}")
@@ -264,7 +270,7 @@ class Pipeline:
         conds: list[Conditioning],
         z: Tensor,
         null: Conditioning | None,
-        kappas: list[float],
+        kappas: list[Strength],
         noise: Callable[[int], Tensor] | None,
     ) -> Tensor:
         """x0 by a plan; conds and kappas: one for all network calls, or one per call."""

@@ -24,7 +24,7 @@ from snoopi.schedule import Schedule
 
 Spacing = Literal["trailing", "leading"]
 Texts = Conditioning | Sequence[Conditioning]  # one for all network calls, or one for each
-Kappa = Tensor | float | Sequence[float]  # [b] or a number for all network calls, or one for each
+Kappa = Tensor | float | Sequence[float | Tensor]
 
 
 class Backbone(Protocol):

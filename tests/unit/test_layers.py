@@ -23,9 +23,9 @@ LAYERS = (
     {"folders", "optimize"},
     {"pipeline", "methods", "worlds", "textcache"},
     {"evaluate", "report", "parallel", "data", "runstate", "runlog", "config", "health"},
-    {"trainers", "final", "plan"},
+    {"trainers", "final", "plan", "reproduce"},
     {"distiller"},
-    {"train", "generate", "evaluate.__main__", "reproduce", "selftest"},
+    {"train", "generate", "evaluate.__main__", "reproduce.__main__", "selftest"},
 )
 COMMANDS = len(LAYERS) - 1
 MAY_DISTRIBUTE = 8  # this layer and above

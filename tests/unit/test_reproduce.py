@@ -1,4 +1,4 @@
-"""Comparisons: means over a run's last evaluations, over seeds, and the guidance table."""
+"""Comparisons of one's own: means over a run's last evaluations, over seeds, the guidance table."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from snoopi import reproduce, zoo
+from snoopi import zoo
 from snoopi.evaluate.negatives import METHODS, guidance_table
 from snoopi.evaluate.world import Quality
 from snoopi.final import FOLLOWED, end_means
+from snoopi.reproduce import __main__ as reproduce
 
 
 def look(value: float, **more: Any) -> dict[str, Any]:

@@ -354,6 +354,17 @@ def test_one_network_call_takes_one_strength() -> None:
         latents(pipeline, [0.8, 0.7])
 
 
+@pytest.mark.parametrize("recipe", [{"t": 999}, {}])
+def test_cfg_takes_a_kappa_per_picture(recipe: Any) -> None:
+    pipeline, prompts = tiny(**recipe), ["a red circle", "a blue star"]
+    kappas, z = torch.tensor([0.5, 3.0]), pipeline.noise(0, [0, 1])
+    both = pipeline.latents(prompts, z, None, "cfg", kappas, 1)
+    for i, kappa in enumerate(kappas.tolist()):
+        alone = pipeline.latents(prompts[i : i + 1], z[i : i + 1], None, "cfg", kappa, 1)
+        torch.testing.assert_close(both[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(both, pipeline.latents(prompts, z, None, "cfg", 3.0, 1))
+
+
 @pytest.mark.parametrize(
     ("recipe", "steps", "calls"),
     [(LCM, None, 4), (LCM, 2, 2), ({"t": 999}, 3, 3), ({}, None, 25), ({}, 6, 6)],
@@ -377,8 +388,9 @@ def test_a_wrong_number_of_strengths_is_an_error_before_anything_runs(
         ([0.5, float("nan"), 0.5, 0.5], "nasa", "scale must be a finite number, got nan"),
         ([0.5, 0.5, 0.5, float("inf")], "cfg", "scale must be a finite number, got inf"),
         (torch.tensor([1.0, float("inf")]), "nasa", "scale must be a finite number, got tensor"),
-        (torch.ones(4), "cfg", r"scale may be a tensor \[layers\] under nasa, .*, got \[4\] under"),
-        (torch.ones(4, 2), "nag", r"scale may be a tensor \[layers\] under .*, got \[4, 2\] under"),
+        (torch.ones(4), "cfg", r"of one per picture \[2\] under cfg; got \[4\] under cfg"),
+        (torch.ones(1), "embed-sub", r"scale may be a tensor \[layers\] under nasa, .*; got \[1\]"),
+        (torch.ones(4, 2), "nag", r"scale may be a tensor \[layers\] under .*; got \[4, 2\] under"),
         (torch.ones(2), "vsf", "a strength per layer needs 7 values, got 2"),
     ],
 )

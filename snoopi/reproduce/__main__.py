@@ -1,5 +1,6 @@
-"""The comparisons behind the figures in the docs, each from one command.
+"""The paper's experiments on a small world, and comparisons of one's own.
 
+python -m snoopi.reproduce fig2|tab1|tab2|fig3|tab3|fig5|nasa-t|dit|all [--world shapes] [--seeds 3]
 python -m snoopi.reproduce recipes [RECIPE ...] [section.key=value ...] [--seeds 0 1 2]
 python -m snoopi.reproduce guidance MODEL [--count N] [--methods nasa ...]
 """
@@ -8,12 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +19,17 @@ from snoopi import config as recipes
 from snoopi import errors
 from snoopi.evaluate.negatives import METHODS, GuidanceTable, guidance_table
 from snoopi.evaluate.world import gap_closed
-from snoopi.folders import shipped, shipped_or_path
+from snoopi.folders import shipped_or_path
 from snoopi.pictures import write_atomically
 from snoopi.pipeline import load
 from snoopi.report import guidance_text, text_table
+from snoopi.reproduce import book
+from snoopi.reproduce.experiments import EXPERIMENTS, WORLDS, check
+from snoopi.reproduce.jobs import Processes, Runner, finished
+from snoopi.reproduce.records import Records
+from snoopi.reproduce.units import Unit
 
+RECORDS = Path("docs/reproduction/runs.jsonl")
 RECIPES = ("pgsb_shapes", "pgsb_shapes_gap")
 FIGURES = ("all_right", "frechet", "gap_closed", "recall", "precision")  # of summary.json's "end"
 
@@ -51,7 +55,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.recipes += rest
-    return errors.status("snoopi.reproduce", lambda: options.experiment(options))
+    return errors.status("snoopi.reproduce", lambda: options.work(options))
+
+
+# --- the paper's experiments ---------------------------------------------------------------------
+
+
+def _experiments(options: argparse.Namespace) -> None:
+    if options.jobs < 1 or options.seeds < 1:
+        raise ValueError(
+            f"--jobs and --seeds must be at least 1, got {options.jobs} and {options.seeds}"
+        )
+    names = WORLDS[options.world] if options.experiment == "all" else (options.experiment,)
+    records, seeds = Records(options.records), range(options.seeds)
+    check(names, options.world, records)
+
+    def missing() -> list[Unit]:
+        units = [
+            unit
+            for name in names
+            for unit in EXPERIMENTS[name].units(options.world, records, seeds)
+        ]
+        return [unit for unit in dict.fromkeys(units) if unit not in records]
+
+    if options.dry_run:
+        for unit in missing():
+            print(unit.describe())
+        print(f"{len(missing())} units to run, {len(records)} on record in {options.records}")
+        return
+    runner = Runner(options.out, options.jobs, records)
+    while not options.draw and (todo := missing()):  # what was found may ask for more
+        runner.run(todo)
+    found = book.chapters(names, options.world, records, seeds)
+    print(book.as_text(found))
+    path = options.out / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, book.as_html(found, records, {}).encode())
+    print(f"wrote {path}")
+    if options.markdown:
+        command = f"python -m snoopi.reproduce {options.experiment} --world {options.world}"
+        text = book.as_markdown(found, f"{command} --draw --markdown {options.markdown}")
+        options.markdown.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.markdown, text.encode())
+        print(f"wrote {options.markdown}")
 
 
 # --- recipes --------------------------------------------------------------------------------------
@@ -68,67 +114,34 @@ def _recipes(options: argparse.Namespace) -> None:
         if config.run.method != "vsd" or not config.evaluate.prompts:
             raise ValueError(f"{name}: expected a recipe that distils and evaluates a student")
     keys = [RunKey(name, seed) for name in names for seed in options.seeds]
-    runner, pool = _Runner(options.out, options.jobs), ThreadPoolExecutor(options.jobs)
-    try:
-        for teacher in dict.fromkeys(config.model.teacher for config in configs.values()):
-            runner.teacher(teacher)
-        # One run measures the teacher, which is the same for all.
-        jobs = [pool.submit(runner.summary, key, overrides, key == keys[0]) for key in keys]
-        summaries = {key: job.result() for key, job in zip(keys, jobs, strict=True)}
-    except BaseException:  # a stop, or a run that failed: the others save their states
-        pool.shutdown(wait=False, cancel_futures=True)
-        runner.stop()
-        raise
-    finally:
-        pool.shutdown()
+    runner = _Recipes(options.out, options.jobs, overrides)
+    for teacher in dict.fromkeys(config.model.teacher for config in configs.values()):
+        runner.processes.teacher(teacher, options.out)
+    # One run measures the teacher, which is the same for all.
+    jobs = [(key, key == keys[0]) for key in keys]
+    summaries = dict(zip(keys, runner.processes.all(runner.summary, jobs), strict=True))
     results = _compare(summaries)
     print(f"\n{_recipe_text(results)}\n")
     _write(options.json or options.out / "recipes.json", results)
 
 
-class _Runner:
-    """Runs of snoopi.train, each in a process of its own, in folders of one comparison."""
+class _Recipes:
+    """Runs of snoopi.train in folders of one comparison."""
 
-    def __init__(self, out: Path, jobs: int) -> None:
-        self.out, self.threads = out, max(1, (os.cpu_count() or 1) // jobs)
-        self._children: list[subprocess.Popen[bytes]] = []
+    def __init__(self, out: Path, jobs: int, overrides: Sequence[str]) -> None:
+        self.out, self.overrides, self.processes = out, overrides, Processes(jobs)
 
-    def teacher(self, name: str) -> None:
-        """Train a teacher that the runs would train first, each for itself, if it is missing."""
-        trained = name in recipes.recipes() and name not in shipped()
-        if trained and not (self.out / name / "model").is_dir():
-            self._run([name], self.out / name)
-
-    def summary(self, key: RunKey, overrides: Sequence[str], teacher: bool) -> dict[str, Any]:
-        """The summary of one run, which is trained unless it is there."""
+    def summary(self, job: tuple[RunKey, bool]) -> dict[str, Any]:
+        """The summary of a run, which is trained unless it is there; whether with its teacher's."""
+        key, teacher = job
         folder = self.out / key.folder
         more = ["evaluate.removal=0", f"evaluate.teacher={str(teacher).lower()}"]
-        words = [f"run.seed={key.seed}", *overrides, *more]
-        if not _finished(folder, recipes.load(key.recipe, words)):
-            self._run([key.recipe, *words], folder)
+        words = [f"run.seed={key.seed}", *self.overrides, *more]
+        if not finished(folder, recipes.load(key.recipe, words)):
+            words = ["snoopi.train", key.recipe, *words, "--out", str(folder), "--resume"]
+            self.processes.run(words)
         found: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         return found
-
-    def stop(self) -> None:
-        """Ask the runs that are going on to save their states and end."""
-        for child in self._children:
-            child.terminate()
-
-    def _run(self, words: Sequence[str], folder: Path) -> None:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "snoopi.train", *words, "--out", str(folder), "--resume"],
-            env={"OMP_NUM_THREADS": str(self.threads), **os.environ},
-            stdout=subprocess.DEVNULL,
-        )
-        self._children.append(child)
-        if child.wait():
-            raise ValueError(f"the run in {folder} ended with status {child.returncode}")
-
-
-def _finished(folder: Path, config: recipes.Config) -> bool:
-    if not (folder / "summary.json").is_file():
-        return False
-    return not recipes.differences(recipes.load(folder / "config.toml"), config)
 
 
 def _compare(summaries: Mapping[RunKey, Mapping[str, Any]]) -> dict[str, Any]:
@@ -207,10 +220,23 @@ def _write(path: Path, results: Mapping[str, Any]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = errors.Parser(
-        prog="snoopi.reproduce", description="The comparisons behind the figures in the docs."
+        prog="snoopi.reproduce",
+        description="The paper's experiments on a small world, and comparisons of one's own.",
     )
     kinds = parser.add_subparsers(required=True, metavar="EXPERIMENT")
     default = argparse.ArgumentDefaultsHelpFormatter
+    for name in (*EXPERIMENTS, "all"):
+        text = "all experiments of the world" if name == "all" else EXPERIMENTS[name].title
+        kind = kinds.add_parser(name, help=text, description=text, formatter_class=default)
+        kind.add_argument("--world", choices=list(WORLDS), default="shapes")
+        kind.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ...")
+        kind.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="runs, report")
+        kind.add_argument("--records", type=Path, default=RECORDS, help="what has been measured")
+        kind.add_argument("--jobs", type=int, default=1, help="runs at once; they share the cores")
+        kind.add_argument("--draw", action="store_true", help="run nothing: draw what is on record")
+        kind.add_argument("--dry-run", action="store_true", help="list what would be run")
+        kind.add_argument("--markdown", type=Path, help="write the report in this form, too")
+        kind.set_defaults(experiment=name, work=_experiments)
     text = "train recipes with several seeds and compare the means of their last evaluations"
     kind = kinds.add_parser("recipes", help=text, description=text, formatter_class=default)
     kind.add_argument(
@@ -222,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     kind.add_argument("--out", type=Path, default=Path("runs/recipes"), help="folder of the runs")
     kind.add_argument("--jobs", type=int, default=1, help="runs at once; they share the cores")
     kind.add_argument("--json", type=Path, help="results; None: recipes.json in --out")
-    kind.set_defaults(experiment=_recipes)
+    kind.set_defaults(work=_recipes)
     text = "ways to use a negative prompt on one model: searched alike, then measured once"
     kind = kinds.add_parser("guidance", help=text, description=text, formatter_class=default)
     kind.add_argument("model", help="a model folder of the shapes world")
@@ -237,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
         help="strengths to try, in each method's own unit",
     )
     kind.add_argument("--json", type=Path, help="where to write the results")
-    kind.set_defaults(experiment=_guidance)
+    kind.set_defaults(work=_guidance)
     return parser
 
 

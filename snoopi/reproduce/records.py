@@ -1,0 +1,129 @@
+"""Figures of units as JSON lines: written as they come, read back, never measured twice."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import os
+import platform
+import subprocess
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import snoopi
+from snoopi.errors import writing
+from snoopi.reproduce.units import Unit
+
+KEYS = ("key", "kind", "unit", "figures")
+
+
+class Records:
+    """The lines of a file by their units' keys; a later line of the same key counts.
+
+    Each line: key, kind, unit (what was run), figures, and where it comes from: seconds, date,
+    commit, machine. Raises ValueError, naming the line, for a file that is not one of ours.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._lock = path, threading.Lock()
+        self._rows: dict[str, dict[str, Any]] = {}
+        if not path.exists():
+            return
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+            row = _parse(line)
+            if row is None:
+                raise ValueError(f"{path}: line {number} is not a record: remove it or the file")
+            self._rows[row["key"]] = row
+
+    def __contains__(self, unit: Unit) -> bool:
+        return unit.key in self._rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._rows.values())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def figures(self, unit: Unit) -> dict[str, Any] | None:
+        """A unit's figures, None if it has not been run."""
+        row = self._rows.get(unit.key)
+        return None if row is None else row["figures"]
+
+    def add(
+        self,
+        unit: Unit,
+        figures: Mapping[str, Any],
+        seconds: float,
+        threads: int,
+        made_at: str | None = None,
+    ) -> None:
+        """Append a unit's line at once, from any thread. made_at: the commit, if not this one."""
+        row: dict[str, Any] = {
+            "key": unit.key,
+            "kind": unit.kind,
+            "unit": unit.plain(),
+            "figures": dict(figures),
+            "seconds": round(seconds, 1),
+            "date": datetime.date.today().isoformat(),
+            "commit": made_at or commit(),
+            "machine": machine(threads),
+        }
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        with self._lock:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with writing(self.path), self.path.open("ab", buffering=0) as file:
+                file.write(line)
+                os.fsync(file.fileno())
+            self._rows[row["key"]] = row
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Where figures come from; nothing that names a host."""
+    return {
+        "processor": _processor(),
+        "instruction set": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "torch": torch.__version__,
+    }
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of this checkout, with "+" if the package differs from it; else the version."""
+    folder = Path(snoopi.__file__).parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    if not head:
+        return f"version {snoopi.__version__}"
+    return head + ("+" if git("status", "--porcelain", "--", ".") else "")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    whole = line.endswith(b"\n") and isinstance(row, dict) and all(key in row for key in KEYS)
+    return row if whole else None
