@@ -20,7 +20,12 @@ class Guidance(Protocol):
     def needs_null(self) -> bool: ...
     def formula(self) -> Formula: ...
     def combine(
-        self, z_pos: Tensor, lse_pos: Tensor | None, z_neg: Tensor, lse_neg: Tensor | None
+        self,
+        z_pos: Tensor,
+        lse_pos: Tensor | None,
+        z_neg: Tensor,
+        lse_neg: Tensor | None,
+        z_null: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -168,10 +173,10 @@ def guided_attention(
 ) -> Tensor:
     """Attention to a positive and a negative text, combined by `guidance`, and the projection.
 
-    Shapes as in `nasa_attention`; guidance is a snoopi.guidance.NASA, NAG or VSF (or any object
-    with a `formula()` and the same in plain torch, `combine`). Texts and weights may be packed or
-    not. Where the fused op cannot run, and where a gradient is wanted, NAG and VSF come from
-    `twin_attention` and `combine`, NASA as `nasa_attention` has it.
+    Shapes as in `nasa_attention`; guidance is a snoopi.guidance.NASA, NAG or VSF, or any object
+    with a `formula()` and the same in plain torch, `combine`. Texts and weights may be packed or
+    not. Where the fused op cannot run, where a gradient is wanted, and for a formula of the kind
+    "combine", all but NASA come from `twin_attention` and `combine`.
 
     Raises:
         ValueError: as `nasa_attention`; a null text that is missing or that nobody reads.
@@ -188,15 +193,19 @@ def guided_attention(
     call = _Call(q, {"_pos": pos, "_neg": neg}, w_out, b_out)
     checks.check_strength(formula.strength, call.q)
     scale = _softmax_scale(softmax_scale, call.q)
-    if _choose_path(call, "auto", formula.strength).path == "fused":
+    own = formula.kind == "combine"
+    if not own and _choose_path(call, "auto", formula.strength).path == "fused":
         formula = formula._replace(strength=_strength(formula.strength, call.q))
         return call.run(_guided, call, out, formula, scale)
     texts = (pos.k, pos.v, neg.k, neg.v)
     twins = twin_attention(
         q, *texts, mask_pos=pos.mask, mask_neg=neg.mask, softmax_scale=softmax_scale
     )
+    z_null = None
+    if null is not None:
+        z_null = attention(q, null.k, null.v, null.mask, softmax_scale=softmax_scale)
     # A strength by query is fp32 and would widen 16-bit attention.
-    z = guidance.combine(*twins).to(twins[0].dtype)
+    z = guidance.combine(*twins, z_null).to(twins[0].dtype)
     return call.run(eager.project, z, call.w_out, call.b_out)
 
 

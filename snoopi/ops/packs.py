@@ -57,6 +57,7 @@ class Formula(NamedTuple):
               negative values times -strength.
         nag   (tau, blend, p): z = Z+ + strength (Z+ - Z-), its p-norm over all heads of a token
               kept below tau times that of Z+; then blend z + (1 - blend) Z+. p is 1 or 2.
+        combine: what the guidance's `combine` computes; the op does not know it.
     """
 
     strength: float | Tensor

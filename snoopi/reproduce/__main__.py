@@ -20,13 +20,14 @@ from snoopi import errors
 from snoopi.evaluate.negatives import METHODS, GuidanceTable, guidance_table
 from snoopi.evaluate.world import gap_closed
 from snoopi.folders import shipped_or_path
-from snoopi.pictures import write_atomically
+from snoopi.pictures import save_png, write_atomically
 from snoopi.pipeline import load
 from snoopi.report import guidance_text, text_table
 from snoopi.reproduce import book
 from snoopi.reproduce.experiments import EXPERIMENTS, WORLDS, check
 from snoopi.reproduce.jobs import Processes, Runner, finished
 from snoopi.reproduce.records import Records
+from snoopi.reproduce.strips import strips
 from snoopi.reproduce.units import Unit
 
 RECORDS = Path("docs/reproduction/runs.jsonl")
@@ -90,7 +91,11 @@ def _experiments(options: argparse.Namespace) -> None:
     print(book.as_text(found))
     path = options.out / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, book.as_html(found, records, {}).encode())
+    drawn = {name: list(strips(name, options.world, records, options.out)) for name in names}
+    for name, figures in drawn.items():
+        for number, figure in enumerate(figures, 1):
+            save_png(figure.image, options.out / "pictures" / f"{name}-{number}.png")
+    write_atomically(path, book.as_html(found, records, drawn).encode())
     print(f"wrote {path}")
     if options.markdown:
         command = f"python -m snoopi.reproduce {options.experiment} --world {options.world}"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from snoopi import page
 from snoopi.plots import Curve, Plot, line_plot
-from snoopi.report import text_table
+from snoopi.report import Figure, text_table
 from snoopi.reproduce.experiments import EXPERIMENTS, Claim, Column, Table, value
 from snoopi.reproduce.records import Records
 from snoopi.reproduce.statistics import Seeds, Verdict, judge, spread
@@ -186,9 +186,9 @@ def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 
 def as_html(
-    found: Sequence[Chapter], records: Records, figures: Mapping[str, Sequence[str]]
+    found: Sequence[Chapter], records: Records, pictures: Mapping[str, Sequence[Figure]]
 ) -> str:
-    """One page that stands alone. figures: pictures of an experiment, as HTML, by its name."""
+    """One page that stands alone. pictures: of an experiment, by its name."""
     title = "snoopi: the paper's experiments on small worlds"
     rows = summary_rows(found)
     cells = [[escape(cell) for cell in row] for row in rows]
@@ -209,7 +209,10 @@ def as_html(
             ]
             if plots:
                 parts.append(f'<div class="plots">{"".join(plots)}</div>')
-        parts += figures.get(chapter.name, [])
+        parts += [
+            page.figure(picture.title, picture.image, picture.caption, picture.alt)
+            for picture in pictures.get(chapter.name, ())
+        ]
         content.append(page.section(escape(f"{chapter.title}: {chapter.world}"), "".join(parts)))
     content.append(page.section("Where the figures come from", _sources(records)))
     return page.document(title, "".join(content))

@@ -128,6 +128,23 @@ def test_compiles_as_one_graph_with_the_packing_inside() -> None:
         torch.testing.assert_close(compiled(inputs.q), guided(inputs.q))
 
 
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_formula_of_its_own_is_combined_in_plain_torch(centred: bool) -> None:
+    inputs = make(Case(m=33, n=12, d=16, null=True))
+    kwargs = inputs.kwargs
+    null = ops.pack_text(kwargs["k_null"], kwargs["v_null"], kwargs["mask_null"])
+
+    class Own(NASA):
+        def formula(self) -> ops.Formula:
+            return ops.Formula(self.scale, "combine")
+
+    more = {"null": null} if centred else {}
+    texts = packs(inputs, True)
+    got = ops.guided_attention(inputs.q, *texts, Own(1.3, centred), **more)
+    right = ops.guided_attention(inputs.q, *texts, NASA(1.3, centred), **more)
+    torch.testing.assert_close(got, right, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.skipif(not NATIVE.loaded, reason=NATIVE.why)
 def test_an_unknown_formula_is_refused() -> None:
     inputs = make(Case())

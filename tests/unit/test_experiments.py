@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from snoopi.report import Figure
 from snoopi.reproduce import __main__ as command
 from snoopi.reproduce import book
 from snoopi.reproduce.experiments import (
@@ -206,14 +208,17 @@ def test_verdicts_and_forms_of_the_report(full: Records) -> None:
     assert words["random for both is better than fixed"] == "holds"
     assert words["a fixed gap, 3.5 / 2, is better than random for both"] == "holds"
     assert words["random for the frozen teacher alone does harm"] == "does not hold"
-    text, page = book.as_text(found), book.as_html(found, full, {"fig5": ["<i>strip</i>"]})
+    text, page = (
+        book.as_text(found),
+        book.as_html(
+            found, full, {"fig5": [Figure("A strip", Image.new("RGB", (4, 4)), "", "alt")]}
+        ),
+    )
     markdown = book.as_markdown(found, "the command")
     for form in (text, page, markdown):
         assert all(chapter.title in form for chapter in found) and "does not hold" in form
     assert page.count("<svg") == 1 + 2 + 2 * 2  # Fig. 2, Tab. 1, Fig. 5
-    assert (
-        "<i>strip</i>" in page and "<script" not in page and "http" not in page.split("</style>")[1]
-    )
+    assert "A strip" in page and "<script" not in page and "http" not in page.split("</style>")[1]
     rows = book.summary_rows(found)
     assert len(rows) == sum(c.paper for ch in found for t in ch.tables for c, _ in t.verdicts)
 

@@ -1,0 +1,81 @@
+"""Candidates for an automatic strength: rules that set NASA's alpha by what each query sees.
+
+A rule that worked would need no search: one scale would do for every model, prompt and negative.
+They are tried beside the others at matched retention; none is a feature of the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from snoopi.ops import Formula
+
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(Z+ [b m h d], what is taken away [b m h d], lse+, lse- [b m h]) -> weight [b m h]."""
+
+
+def _projection(z_pos: Tensor, away: Tensor, lse_pos: Tensor, lse_neg: Tensor) -> Tensor:
+    """The share of `away` that Z+ holds: nothing is removed that is not there."""
+    square = away.square().sum(-1)
+    return torch.where(square > 0, (z_pos * away).sum(-1) / square.clamp(min=1e-12), 0).clamp(min=0)
+
+
+def _norm(z_pos: Tensor, away: Tensor, lse_pos: Tensor, lse_neg: Tensor) -> Tensor:
+    """As long as Z+, whatever the negative's own length."""
+    length = away.norm(dim=-1)
+    return torch.where(length > 0, z_pos.norm(dim=-1) / length.clamp(min=1e-6), 0)
+
+
+def _mass(z_pos: Tensor, away: Tensor, lse_pos: Tensor, lse_neg: Tensor) -> Tensor:
+    """Twice the share of attention the negative would get beside the prompt: 1 where they tie."""
+    return 2 * torch.sigmoid(lse_neg - lse_pos)
+
+
+RULES: dict[str, Rule] = {"projection": _projection, "norm": _norm, "mass": _mass}
+
+
+@dataclass(frozen=True)
+class Automatic:
+    """Z+ - scale w (Z- - Z0), w by a rule for every query and head; without Z0 unless centred."""
+
+    scale: float | Tensor = 1.0
+    rule: str = "projection"
+    centred: bool = False
+
+    @property
+    def needs_null(self) -> bool:
+        """Whether the null prompt must be given."""
+        return self.centred
+
+    def formula(self) -> Formula:
+        """What only `combine` knows."""
+        return Formula(self.scale, "combine")
+
+    def combine(
+        self,
+        z_pos: Tensor,
+        lse_pos: Tensor | None,
+        z_neg: Tensor,
+        lse_neg: Tensor | None,
+        z_null: Tensor | None = None,
+    ) -> Tensor:
+        """z [b m h d] of one layer; needs both lse, and z_null if centred."""
+        assert lse_pos is not None and lse_neg is not None
+        away = z_neg
+        if self.centred:
+            assert z_null is not None
+            away = z_neg - z_null
+        weight = RULES[self.rule](z_pos.float(), away.float(), lse_pos, lse_neg)
+        return z_pos - (self.scale * weight)[..., None].to(away) * away
+
+
+CANDIDATES: dict[str, Automatic] = {
+    "auto-projection": Automatic(rule="projection"),
+    "auto-norm": Automatic(rule="norm"),
+    "auto-mass": Automatic(rule="mass"),
+    "auto-mass-centred": Automatic(rule="mass", centred=True),
+}
