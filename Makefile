@@ -94,6 +94,7 @@ $(STAMPS)/test $(STAMPS)/parity $(STAMPS)/dev: $(STAMPS)/%: requirements/%.txt $
 	@$(PIP) install -r requirements/$*.txt
 	@touch $@
 
+$(STAMPS)/test $(STAMPS)/parity: requirements/emoji.txt
 $(STAMPS)/parity: requirements/test.txt
 
 $(STAMPS)/build: setup.py pyproject.toml $(NATIVE) $(STAMPS)/run

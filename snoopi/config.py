@@ -87,7 +87,9 @@ class Model:
 class Data:
     """Where prompts (and, for a teacher, pictures) come from."""
 
-    world: Literal["shapes"] = _key("shapes", "captioned picture source")
+    world: Literal["shapes", "emoji"] = _key(
+        "shapes", "captioned picture source; emoji needs pip install 'snoopi[emoji]'"
+    )
     prompts: str = _key(
         "",
         "file of prompts, .txt (one a line) or .jsonl (key prompt); '': captions of the world",

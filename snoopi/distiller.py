@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from snoopi import lora, parallel, zoo
+from snoopi import lora, parallel, worlds, zoo
 from snoopi.conditioning import Conditioning
 from snoopi.config import Config
 from snoopi.data import NegativeList, PromptList
@@ -29,7 +29,6 @@ from snoopi.runstate import trainable
 from snoopi.samplers import one_step
 from snoopi.textcache import TextCache
 from snoopi.trainers import Optimizer, average_of, averaged, local_parts, mean_row, spread
-from snoopi.worlds.shapes import ShapesWorld
 
 
 class Part(NamedTuple):
@@ -56,7 +55,7 @@ class Distiller:
         cache: TextCache | None = None,
     ) -> None:
         self.config, self.device = config, device
-        self.noise, self.world = Noise(config.run.seed), ShapesWorld()
+        self.noise, self.world = Noise(config.run.seed), worlds.build(config.data.world)
         file = config.data.prompts
         self.prompts = PromptList(file, self.noise) if file else None
         file = config.data.negatives

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from snoopi import config as recipes
+from snoopi import worlds
 from snoopi.config import Config
 from snoopi.evaluate.negatives import EVALUATION_SEED, GuidanceTable, guidance_table
 from snoopi.evaluate.world import Draw, Quality, Ruler, gap_closed, pick
@@ -26,8 +27,8 @@ from snoopi.pictures import grid, save_png
 from snoopi.pipeline import Pipeline, load
 from snoopi.report import Figure, Report, print_report, write_report
 from snoopi.runlog import read
+from snoopi.worlds import World
 from snoopi.worlds.judge import Judge
-from snoopi.worlds.shapes import ShapesWorld
 
 GRID = 10  # pictures in a row of a grid
 STRIP = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)  # NASA strengths of the strip
@@ -39,7 +40,8 @@ class Observer:
     """Looks at a model during a run, and measures it at the end. This one: of a VAE."""
 
     def __init__(self, config: Config, out: Path) -> None:
-        self.config, self.out, self.world = config, out, ShapesWorld()
+        self.config, self.out = config, out
+        self.world = worlds.build(config.data.world)
 
     def look(self, pipeline: Pipeline | None, step: int) -> dict[str, float]:
         """Held-out figures for metrics.jsonl, and a sample grid. None: not rank 0."""
@@ -96,11 +98,15 @@ class Observer:
             grids=figures,
             removal=removal,
             guidance_table=table,
-            provenance=_machine(self.config),
+            provenance=_machine(self.config) | self._pictures(),
         )
         path = write_report(self.out, report)
         print_report(report)
         print(f"\nwrote {path}, {self.out / 'summary.json'}, {self.out / 'model'}", flush=True)
+
+    def _pictures(self) -> dict[str, str]:
+        """Where the report's real pictures come from, if they ask for it."""
+        return {"pictures": self.world.attribution} if self.world.attribution else {}
 
 
 class TeacherObserver(Observer):
@@ -109,7 +115,9 @@ class TeacherObserver(Observer):
     @cached_property
     def ruler(self) -> Ruler:
         """The held-out prompts and their real pictures; made at the first look."""
-        return Ruler(self.world, Judge.load(), self.config.evaluate.prompts, EVALUATION_SEED)
+        return Ruler(
+            self.world, Judge.load(self.world), self.config.evaluate.prompts, EVALUATION_SEED
+        )
 
     def look(self, pipeline: Pipeline | None, step: int) -> dict[str, float]:
         """A sample grid in one step, no figures."""
@@ -190,10 +198,10 @@ class StudentObserver(TeacherObserver):
         if many.removal:
             started = time.monotonic()
             count = max(1, many.removal // len(self.world.attributes))
-            found = guidance_table(student, many.scales, count, many.batch)
+            found = guidance_table(student, many.scales, count, many.batch, world=self.world)
             removal, table = found.methods["nasa"].report.tables(), found.rows()
             summary |= _guidance_summary(found)
-            figures.append(_strip(student))
+            figures.append(_strip(student, self.world))
             seconds["negatives"] = time.monotonic() - started
         self.write(figures, {**summary, "seconds": seconds}, removal, table, last)
 
@@ -303,32 +311,36 @@ def _comparison(config: Config, ruler: Ruler, pictures: dict[str, Tensor]) -> Fi
     return Figure("Same prompts, same noise", image, caption, alt)
 
 
-def _strip(student: Pipeline) -> Figure:
+def _strip(student: Pipeline, world: World) -> Figure:
     """One seed under growing NASA strength, plain and null-centred."""
-    prompt, negative = "a large solid shape on a white background", "red"
-    values, rows = STRIP, []
-    chosen = _showing(student, prompt, "colour", negative)
+    prompt, attribute, value = world.example
+    negative, strengths, rows = world.bare_word(attribute, value), STRIP, []
+    chosen = _showing(student, world)
     for mode in ("nasa", "nasa-centred"):
         for index in chosen:
             z = student.noise(EVALUATION_SEED, [index])
-            rows += [student.pictures([prompt], z, [negative], mode, value) for value in values]
+            rows += [student.pictures([prompt], z, [negative], mode, scale) for scale in strengths]
     names = [f"{mode}, noise {i}" for mode in ("NASA", "null-centred") for i in chosen]
     image = grid(
-        torch.cat(rows), len(values), titles=[f"{value:g}" for value in values], row_titles=names
+        torch.cat(rows),
+        len(strengths),
+        titles=[f"{scale:g}" for scale in strengths],
+        row_titles=names,
     )
     caption = f'"{prompt}", negative prompt "{negative}", strength from left to right.'
     alt = "A strip of pictures under growing strength of the negative prompt"
     return Figure("Strength of a negative prompt", image, caption, alt, section="control")
 
 
-def _showing(student: Pipeline, prompt: str, attribute: str, word: str) -> list[int]:
-    """Two noises whose picture without a negative shows the value (the first two, if none does)."""
-    names = list(ShapesWorld.attributes)
-    value = ShapesWorld.attributes[attribute].index(word)
+def _showing(student: Pipeline, world: World) -> list[int]:
+    """Two noises whose picture of the example's prompt without a negative shows its value (the
+    first two, if none does)."""
+    prompt, attribute, value = world.example
     indices = list(range(40))
     z = student.noise(EVALUATION_SEED, indices)
     pictures = student.pictures([prompt] * len(indices), z, guidance="none")
-    shown = Judge.load().labels(pictures)[:, names.index(attribute)] == value
+    column = list(world.attributes).index(attribute)
+    shown = Judge.load(world).labels(pictures)[:, column] == value
     return ([i for i in indices if shown[i]] + indices)[:2]
 
 

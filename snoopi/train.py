@@ -131,6 +131,8 @@ def run(config: Config, out: Path, device: torch.device, *, resume: bool = False
         _tidy(out)
         _say(f"{out}: {_what(config)}")
         observer = OBSERVERS[method](config, out)
+        if observer.world.attribution:
+            _say(observer.world.attribution)
         fit(trainer, config, out, observer, resume=resume)
         pipeline = trainer.pipeline()
         if pipeline is None:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from snoopi import lora, parallel, zoo
+from snoopi import lora, parallel, worlds, zoo
 from snoopi.conditioning import Conditioning
 from snoopi.config import Config, Optim
 from snoopi.folders import (
@@ -33,7 +33,7 @@ from snoopi.models.vae import PatchVAEConfig, VAEConfig
 from snoopi.noise import Noise
 from snoopi.pipeline import Pipeline, read_text
 from snoopi.runstate import OptimizerState
-from snoopi.worlds.shapes import ShapesWorld
+from snoopi.worlds import World
 
 TAIL = 0.3  # share of a run in which a trapezoid's learning rate falls
 FIT_PICTURES = 2048  # pictures behind the patch transform's principal components
@@ -114,7 +114,7 @@ class VAETrainer:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.noise, self.world = Noise(config.run.seed), ShapesWorld()
+        self.noise, self.world = Noise(config.run.seed), worlds.build(config.data.world)
         self.spec = zoo.model(config.model.preset)
         if not isinstance(self.spec.vae, VAEConfig):
             raise ValueError(f"model.preset: {self.spec.arch} has no VAE that learns")
@@ -173,7 +173,7 @@ class TeacherTrainer:
 
     def __init__(self, config: Config, device: torch.device, vae: Any = None) -> None:
         self.config, self.device = config, device
-        self.noise, self.world = Noise(config.run.seed), ShapesWorld()
+        self.noise, self.world = Noise(config.run.seed), worlds.build(config.data.world)
         self.tokenizer = self.world.tokenizer()
         self.vae = self._vae(vae).to(device)
         self.spec = self._spec()
@@ -280,7 +280,7 @@ class TeacherTrainer:
         return f"t = {t}, captions = {captions}"
 
 
-def _check_vae(vae: VAEConfig | PatchVAEConfig, spec: zoo.ModelSpec, world: ShapesWorld) -> None:
+def _check_vae(vae: VAEConfig | PatchVAEConfig, spec: zoo.ModelSpec, world: World) -> None:
     """ValueError for latents that the preset's backbone does not take, or pictures of a size that
     the world does not draw."""
     channels, side = spec.backbone.in_channels, spec.latent_size * vae.factor

@@ -16,8 +16,8 @@ from torch import Tensor
 from snoopi.evaluate.removal import Choice, Generate, RemovalReport, RemovalTest
 from snoopi.noise import Noise
 from snoopi.pipeline import Pipeline
+from snoopi.worlds import ShapesWorld, World
 from snoopi.worlds.judge import Judge
-from snoopi.worlds.shapes import ShapesWorld
 
 EVALUATION_SEED = 1_000_003  # prompts and noise of measurements, apart from any run's seed
 TUNING_SEED = 1_000_033  # prompts and noise on which strengths are chosen
@@ -106,15 +106,18 @@ def guidance_table(
     count: int,
     batch: int = 64,
     methods: Sequence[str] = tuple(METHODS),
+    world: World | None = None,
 ) -> GuidanceTable:
     """Search each method's strength and measure it, on `count` prompts an attribute each time.
 
+    world: the one that the pipeline was trained on; None: the shapes world.
     Raises ValueError for an unknown method or no multiplier.
     """
     for name in methods:
         if name not in METHODS:
             raise ValueError(f"unknown method {name!r}: expected some of {', '.join(METHODS)}")
-    world, judge = ShapesWorld(), Judge.load()
+    world = world or ShapesWorld()
+    judge = Judge.load(world)
 
     def test(seed: int, split: str) -> RemovalTest:
         plain = drawer(pipeline, "none", seed)(0.0)

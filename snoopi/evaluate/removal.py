@@ -5,9 +5,11 @@ attribute, chosen in one of two ways:
 
     easy       at random, as in the paper: most pictures are free of it without any guidance
     targeted   the value the same noise shows without guidance: no picture is free of it before
+               (where it shows none of the attribute's values, the easy negative stands in)
 
 A removal is worth little if the rest of the picture goes with it, so every figure comes with what
-was kept: the attributes that the prompt names (keep), those that nobody named (same), and the
+was kept: the attributes that the prompt names (keep), those that nobody named but the picture
+showed (same), and the
 Frechet distance to real pictures that show the prompt and are free of the negative.
 """
 
@@ -23,8 +25,8 @@ from torch import Tensor
 
 from snoopi.evaluate.fid import FeatureStats, frechet_distance, frechet_interval
 from snoopi.noise import Noise
+from snoopi.worlds import Avoid, World
 from snoopi.worlds.judge import Judge
-from snoopi.worlds.shapes import ShapesWorld
 
 Generate = Callable[[list[str], list[str] | None, list[int]], Tensor]
 """(prompts, negatives or None, noise indices) -> pictures [b 3 H W] in [-1, 1]. The same index must
@@ -171,7 +173,7 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def all_named_right(
-    world: ShapesWorld, labels: Tensor, prompts: Sequence[str]
+    world: World, labels: Tensor, prompts: Sequence[str]
 ) -> tuple[float, dict[str, float]]:
     """How often a picture shows all its prompt names, and how often each attribute is right.
 
@@ -215,7 +217,7 @@ class RemovalTest:
         self,
         unguided: Generate,
         judge: Judge,
-        world: ShapesWorld,
+        world: World,
         noise: Noise,
         *,
         count: int = 400,
@@ -289,10 +291,9 @@ class RemovalTest:
         indices = list(range(first, first + count))
         before = self._read(unguided, prompts, None, indices)
         stream, values = f"removal.negative.{attribute}", self.world.attributes[attribute]
-        negatives = {
-            "easy": self.noise.integers(stream, 0, indices, 0, len(values)),
-            "targeted": before.labels[:, column],
-        }
+        easy = self.noise.integers(stream, 0, indices, 0, len(values))
+        shown = before.labels[:, column]
+        negatives = {"easy": easy, "targeted": torch.where(shown < 0, easy, shown)}
         return _Case(attribute, prompts, indices, _named(self.world, prompts), before, negatives)
 
     def _guided(self, generate: Generate, case: _Case, kind: str) -> _Read:
@@ -348,34 +349,29 @@ class RemovalTest:
         stats = FeatureStats(self._cases[0].before.features.shape[1])
         for case in self._cases:
             for draw in range(REAL_PER_PROMPT):
-                labels = self._real_labels(case, case.negatives[kind], draw)
-                nuisance = self.world.nuisance(self.noise, draw, case.indices, "removal.nuisance")
-                stats.update(self.judge.features(self.world.render(labels, nuisance)))
+                avoid = Avoid(case.attribute, case.negatives[kind])
+                pictures = self.world.real(
+                    self.noise,
+                    case.prompts,
+                    draw,
+                    case.indices,
+                    f"removal.real.{case.attribute}",
+                    "removal.nuisance",
+                    avoid,
+                )
+                stats.update(self.judge.features(pictures))
         return stats
 
-    def _real_labels(self, case: _Case, values: Tensor, draw: int) -> Tensor:
-        stream = f"removal.real.{case.attribute}"
-        labels = self.world.batch(self.noise, draw, case.indices, stream).labels  # [n a]
-        labels = torch.where(case.named >= 0, case.named, labels)
-        weights = torch.tensor(self.world.priors[case.attribute], dtype=torch.float64)
-        weights = weights.repeat(len(values), 1)
-        weights[torch.arange(len(values)), values] = 0
-        edges = weights.cumsum(1)
-        u = self.noise.uniform(f"{stream}.open", draw, case.indices).double()
-        column = list(self.world.attributes).index(case.attribute)
-        labels[:, column] = (u[:, None] * edges[:, -1:] >= edges).sum(1)
-        return labels
 
-
-def _named(world: ShapesWorld, prompts: Sequence[str]) -> Tensor:
+def _named(world: World, prompts: Sequence[str]) -> Tensor:
     rows = [[world.named(text).get(name, -1) for name in world.attributes] for text in prompts]
     return torch.tensor(rows, dtype=torch.int64).view(len(prompts), len(world.attributes))
 
 
-def _count(world: ShapesWorld, case: _Case, values: Tensor, after: Tensor) -> _Tally:
+def _count(world: World, case: _Case, values: Tensor, after: Tensor) -> _Tally:
     column = list(world.attributes).index(case.attribute)
     asked = case.named >= 0
-    others = ~asked
+    others = ~asked & (case.before.labels >= 0)
     others[:, column] = False
     return _Tally(
         n=len(values),

@@ -13,8 +13,8 @@ from snoopi.evaluate.fid import FeatureStats, frechet_distance
 from snoopi.evaluate.precision_recall import precision_recall
 from snoopi.evaluate.removal import all_named_right
 from snoopi.noise import Noise
+from snoopi.worlds import World
 from snoopi.worlds.judge import Judge
-from snoopi.worlds.shapes import ShapesWorld
 
 Draw = Callable[[list[str], list[int]], Tensor]
 """(prompts, noise indices) -> pictures [b 3 H W] in [-1, 1]."""
@@ -51,7 +51,7 @@ class Ruler:
     open follows the world's priors.
     """
 
-    def __init__(self, world: ShapesWorld, judge: Judge, count: int, seed: int = 0) -> None:
+    def __init__(self, world: World, judge: Judge, count: int, seed: int = 0) -> None:
         self.world, self.judge, self.count = world, judge, count
         noise = Noise(seed)
         self.prompts = world.prompts(noise, count, "held-out", stream="evaluate.prompts")
@@ -62,13 +62,7 @@ class Ruler:
 
     def _real(self, noise: Noise, draw: int) -> Tensor:
         """One real picture for each prompt."""
-        indices = range(self.count)
-        labels = self.world.batch(noise, draw, indices, "evaluate.real").labels
-        for row, prompt in enumerate(self.prompts):
-            for name, value in self.world.named(prompt).items():
-                labels[row, list(self.world.attributes).index(name)] = value
-        nuisance = self.world.nuisance(noise, draw, indices, "evaluate.nuisance")
-        return self.world.render(labels, nuisance)
+        return self.world.real(noise, self.prompts, draw, range(self.count))
 
     def real(self) -> Tensor:
         """Other real pictures of the prompts [n 3 H W]: their quality is the best there is."""

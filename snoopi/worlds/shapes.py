@@ -29,6 +29,7 @@ from torch import Tensor
 
 from snoopi.noise import Noise
 from snoopi.tokenize import Tokenizer
+from snoopi.worlds.base import Avoid, Batch, Example, Lesson, categorical, indices_of
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": ("circle", "square", "triangle", "star", "cross"),
@@ -73,17 +74,6 @@ SENTENCE = re.compile(
         **{name: "|".join(values) for name, values in ATTRIBUTES.items()}
     )
 )
-
-
-class Batch(NamedTuple):
-    """Captioned pictures with the truth about them.
-
-    pictures: float32 [b 3 32 32] in [-1, 1];  labels: int64 [b a], columns in ATTRIBUTES' order.
-    """
-
-    pictures: Tensor
-    captions: list[str]
-    labels: Tensor
 
 
 class Nuisance(NamedTuple):
@@ -135,6 +125,9 @@ class ShapesWorld:
     size = 32
     attributes = ATTRIBUTES
     priors = PRIORS
+    subjects = 0
+    attribution = ""
+    example = Example("a large solid shape on a white background", "colour", 0)
 
     def __init__(self) -> None:
         words = {word for text in _captions().texts for word in text.split()}
@@ -154,6 +147,53 @@ class ShapesWorld:
         labels = _labels(draws[:, :5])
         pictures = self.render(labels, _nuisance(draws[:, 5:14]))
         return Batch(pictures, _speak(labels, draws[:, 14].numpy()), labels)
+
+    def lesson(self, noise: Noise, step: int, indices: Sequence[int], overshoot: float) -> Lesson:
+        """Pictures and labels of every combination alike, for a judge.
+
+        overshoot: how much wider than the world's the jitter, the centre and the rotation spread.
+        """
+        columns = [
+            noise.integers(f"judge.{name}", step, indices, 0, len(values))
+            for name, values in ATTRIBUTES.items()
+        ]
+        labels = torch.stack(columns, 1)
+        drawn = self.nuisance(noise, step, indices, stream="judge.nuisance")
+        wide = drawn._replace(
+            jitter=overshoot * drawn.jitter,
+            centre=overshoot * drawn.centre,
+            rotation=overshoot * drawn.rotation,
+        )
+        return Lesson(self.render(labels, wide), labels)
+
+    def real(
+        self,
+        noise: Noise,
+        prompts: Sequence[str],
+        step: int,
+        indices: Sequence[int],
+        stream: str = "evaluate.real",
+        nuisance: str = "evaluate.nuisance",
+        avoid: Avoid | None = None,
+    ) -> Tensor:
+        """A real picture of each prompt [n 3 32 32]: it shows what the prompt names.
+
+        What the prompt leaves open follows the priors; the attribute of `avoid` follows them among
+        its other values.
+        """
+        labels = self.batch(noise, step, indices, stream).labels  # [n a]
+        for row, prompt in enumerate(prompts):
+            for name, value in self.named(prompt).items():
+                labels[row, list(ATTRIBUTES).index(name)] = value
+        if avoid is not None:
+            weights = torch.tensor(PRIORS[avoid.attribute], dtype=torch.float64)
+            weights = weights.repeat(len(prompts), 1)
+            weights[torch.arange(len(prompts)), avoid.values] = 0
+            edges = weights.cumsum(1)
+            u = noise.uniform(f"{stream}.open", step, indices).double()
+            column = list(ATTRIBUTES).index(avoid.attribute)
+            labels[:, column] = (u[:, None] * edges[:, -1:] >= edges).sum(1)
+        return self.render(labels, self.nuisance(noise, step, indices, nuisance))
 
     def nuisance(
         self, noise: Noise, step: int, indices: Sequence[int], stream: str = "world.nuisance"
@@ -192,7 +232,7 @@ class ShapesWorld:
         "train": as in training, bare words and empty captions included; "held-out": captions never
         trained on, each naming two attributes or more. Give either count or indices.
         """
-        return self._draw(noise, stream, step, _indices(count, indices), _weights(split))
+        return self._draw(noise, stream, step, indices_of(count, indices), _weights(split))
 
     def removal_cases(
         self,
@@ -216,7 +256,7 @@ class ShapesWorld:
             for text, named in zip(table.texts, table.named, strict=True)
         ]
         weights = _weights(split) * np.array(fits)
-        return self._draw(noise, f"{stream}.{attribute}", step, _indices(count, indices), weights)
+        return self._draw(noise, f"{stream}.{attribute}", step, indices_of(count, indices), weights)
 
     def bare_word(self, attribute: str, value: int) -> str:
         """The caption of one value alone, as a negative prompt: "red", "white background"."""
@@ -255,7 +295,7 @@ class ShapesWorld:
         self, noise: Noise, stream: str, step: int, indices: Sequence[int], weights: np.ndarray
     ) -> list[str]:
         u = noise.uniform(stream, step, indices).double().numpy()
-        return [_captions().texts[i] for i in _categorical(weights, u)]
+        return [_captions().texts[i] for i in categorical(weights, u)]
 
 
 # --- captions --------------------------------------------------------------------------------
@@ -318,19 +358,6 @@ def _weights(split: str) -> np.ndarray:
     return _captions().marginal if split == "train" else _captions().held_out
 
 
-def _categorical(weights: np.ndarray, u: np.ndarray) -> np.ndarray:
-    edges = np.cumsum(weights)
-    return np.searchsorted(edges, u * edges[-1], side="right")
-
-
-def _indices(count: int | None, indices: Sequence[int] | None) -> Sequence[int]:
-    if indices is None and count is not None:
-        return range(count)
-    if indices is None or (count is not None and count != len(indices)):
-        raise ValueError(f"give count or indices, or both of one length, got count={count}")
-    return indices
-
-
 def _values(attribute: str) -> tuple[str, ...]:
     if attribute not in ATTRIBUTES:
         raise ValueError(f"unknown attribute {attribute!r}: expected {', '.join(ATTRIBUTES)}")
@@ -342,7 +369,7 @@ def _values(attribute: str) -> tuple[str, ...]:
 
 def _labels(u: Tensor) -> Tensor:
     """Attribute values by their priors: uniform [b a] -> int64 [b a]."""
-    columns = [_categorical(np.array(PRIORS[n]), u[:, i].numpy()) for i, n in enumerate(ATTRIBUTES)]
+    columns = [categorical(np.array(PRIORS[n]), u[:, i].numpy()) for i, n in enumerate(ATTRIBUTES)]
     return torch.from_numpy(np.stack(columns, 1))
 
 
