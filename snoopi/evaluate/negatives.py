@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,9 @@ from snoopi.noise import Noise
 from snoopi.pipeline import Pipeline
 from snoopi.worlds import ShapesWorld, World
 from snoopi.worlds.judge import Judge
+
+ByScale = Callable[[float], Generate]
+"""Pictures of a method, by its strength."""
 
 EVALUATION_SEED = 1_000_003  # prompts and noise of measurements, apart from any run's seed
 TUNING_SEED = 1_000_033  # prompts and noise on which strengths are chosen
@@ -116,24 +120,49 @@ def guidance_table(
     for name in methods:
         if name not in METHODS:
             raise ValueError(f"unknown method {name!r}: expected some of {', '.join(METHODS)}")
-    world = world or ShapesWorld()
-    judge = Judge.load(world)
-
-    def test(seed: int, split: str) -> RemovalTest:
-        plain = drawer(pipeline, "none", seed)(0.0)
-        return RemovalTest(plain, judge, world, Noise(seed), count=count, split=split, batch=batch)
-
-    tuning, reporting = test(TUNING_SEED, "train"), test(EVALUATION_SEED, "held-out")
+    search = Search(pipeline, count, batch, world)
     found = {}
     for name in methods:
         scales = [METHODS[name](s) for s in multipliers]
-        choice = tuning.choose_scale(drawer(pipeline, name, TUNING_SEED), scales, KEEP_BOUND)
-        report = reporting.measure(drawer(pipeline, name, EVALUATION_SEED)(choice.scale))
-        found[name] = Method(name, choice, report)
+        found[name] = search.method(name, scales, partial(drawer, pipeline, name))
     return GuidanceTable(found)
 
 
-def drawer(pipeline: Pipeline, mode: str, seed: int) -> Callable[[float], Generate]:
+class Search:
+    """The search and the measurement that every method gets, on one model.
+
+    What does not depend on the method is drawn once: see RemovalTest. Arguments as of
+    `guidance_table`.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, count: int, batch: int = 64, world: World | None = None
+    ) -> None:
+        world = world or ShapesWorld()
+        judge = Judge.load(world)
+
+        def test(seed: int, split: str) -> RemovalTest:
+            plain, noise = drawer(pipeline, "none", seed)(0.0), Noise(seed)
+            return RemovalTest(plain, judge, world, noise, count=count, split=split, batch=batch)
+
+        self._tuning = lambda: test(TUNING_SEED, "train")
+        self.reporting = test(EVALUATION_SEED, "held-out")
+
+    @cached_property
+    def tuning(self) -> RemovalTest:
+        """The test on which strengths are chosen."""
+        return self._tuning()
+
+    def method(
+        self, name: str, scales: Sequence[float], at_seed: Callable[[int], ByScale]
+    ) -> Method:
+        """A method at the best of its strengths. at_seed: its pictures by the seed of the noise."""
+        choice = self.tuning.choose_scale(at_seed(TUNING_SEED), scales, KEEP_BOUND)
+        report = self.reporting.measure(at_seed(EVALUATION_SEED)(choice.scale))
+        return Method(name, choice, report)
+
+
+def drawer(pipeline: Pipeline, mode: str, seed: int) -> ByScale:
     """Pictures of prompts with negatives, by strength, as RemovalTest asks for them."""
 
     def at(scale: float) -> Generate:

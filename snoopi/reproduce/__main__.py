@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from snoopi import config as recipes
-from snoopi import errors
+from snoopi import errors, worlds
 from snoopi.evaluate.negatives import METHODS, GuidanceTable, guidance_table
 from snoopi.evaluate.world import gap_closed
 from snoopi.folders import shipped_or_path
@@ -197,7 +197,10 @@ def _guidance(options: argparse.Namespace) -> None:
     if options.count < 1:
         raise ValueError(f"--count must be at least 1, got {options.count}")
     pipeline = load(shipped_or_path(options.model), optimize="auto")
-    table = guidance_table(pipeline, options.scales, options.count, options.batch, options.methods)
+    table = guidance_table(
+        pipeline, options.scales, options.count, options.batch, options.methods,
+        worlds.build(options.world),
+    )  # fmt: skip
     print(f"\n{_guidance_text(table)}\n")
     results = {
         "free_before": table.free_before,
@@ -256,7 +259,8 @@ def _parser() -> argparse.ArgumentParser:
     kind.set_defaults(work=_recipes)
     text = "ways to use a negative prompt on one model: searched alike, then measured once"
     kind = kinds.add_parser("guidance", help=text, description=text, formatter_class=default)
-    kind.add_argument("model", help="a model folder of the shapes world")
+    kind.add_argument("model", help="a model folder of a world")
+    kind.add_argument("--world", choices=worlds.NAMES, default="shapes")
     kind.add_argument("--count", type=int, default=200, help="prompts for each open attribute")
     kind.add_argument("--batch", type=int, default=50, help="pictures made at once")
     kind.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))

@@ -7,12 +7,16 @@ They are tried beside the others at matched retention; none is a feature of the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from snoopi.evaluate.negatives import ByScale
+from snoopi.evaluate.removal import Generate
 from snoopi.ops import Formula
+from snoopi.pipeline import Pipeline
+from snoopi.samplers import one_step
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(Z+ [b m h d], what is taken away [b m h d], lse+, lse- [b m h]) -> weight [b m h]."""
@@ -42,7 +46,7 @@ RULES: dict[str, Rule] = {"projection": _projection, "norm": _norm, "mass": _mas
 class Automatic:
     """Z+ - scale w (Z- - Z0), w by a rule for every query and head; without Z0 unless centred."""
 
-    scale: float | Tensor = 1.0
+    scale: float = 1.0
     rule: str = "projection"
     centred: bool = False
 
@@ -79,3 +83,26 @@ CANDIDATES: dict[str, Automatic] = {
     "auto-mass": Automatic(rule="mass"),
     "auto-mass-centred": Automatic(rule="mass", centred=True),
 }
+
+
+def drawer(pipeline: Pipeline, name: str, seed: int) -> ByScale:
+    """Pictures of a one-step model under a candidate, as evaluate.negatives.drawer's."""
+    recipe, vae = pipeline.spec.one_step, pipeline.vae
+    assert recipe is not None and vae is not None and pipeline.backbone is not None
+    base = "nasa-centred" if CANDIDATES[name].centred else "nasa"
+
+    def at(scale: float) -> Generate:
+        how = replace(CANDIDATES[name], scale=scale)
+
+        @torch.no_grad()
+        def generate(prompts: list[str], negatives: list[str] | None, indices: list[int]) -> Tensor:
+            assert negatives is not None
+            cond = pipeline.condition(prompts, negatives, base, 1.0)
+            cond = replace(cond, guidance=how)  # type: ignore[arg-type]
+            z, schedule = pipeline.noise(seed, indices), pipeline.spec.schedule
+            x0 = one_step(pipeline.backbone, schedule, z, cond, recipe.t, recipe.abar)
+            return vae.decode(x0).float().clamp(-1, 1)
+
+        return generate
+
+    return at

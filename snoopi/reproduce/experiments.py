@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from snoopi import config as recipes
+from snoopi.reproduce.candidates import CANDIDATES
 from snoopi.reproduce.records import Records
 from snoopi.reproduce.units import STEPS, Negatives, Teacher, Train, Unit
 
@@ -272,6 +273,14 @@ _MATCHED = (
 )
 
 
+_AUTOMATIC = (
+    "Strength: what the rule is multiplied by, searched as above; a rule that needs no search "
+    "would have the same for every student. Projection: the share of the negative's attention that "
+    "the prompt's holds; norm: as long as the prompt's; mass: by the attention the negative would "
+    "get beside the prompt (centred: of Z- - Z0)."
+)
+
+
 def _tab3(world: str, records: Records) -> list[Table]:
     names = {
         "nasa": "NASA", "nasa-centred": "NASA, null-centred", "nag": "NAG", "vsf": "VSF",
@@ -293,9 +302,19 @@ def _tab3(world: str, records: Records) -> list[Table]:
         Claim(f"{arm} removes what a random negative names", arm, "", "gain", HIGHER)
         for arm in paper
     ]
+    rules = {
+        "NASA": arms["NASA"],
+        **{f"automatic: {name}": _negatives(_best(world), name) for name in CANDIDATES},
+    }
+    tried = [
+        Claim(f"{name} removes more than NASA", name, "NASA", "targeted", HIGHER, False)
+        for name in rules
+        if name != "NASA"
+    ]
     return [
         Table("Before and after, at the paper's strength and at 1", paper, _REMOVAL, gained),
         Table("Ways to use a negative prompt", arms, _REMOVAL, claims, note=_MATCHED),
+        Table("Rules for an automatic strength", rules, _REMOVAL, tried, note=_AUTOMATIC),
     ]
 
 

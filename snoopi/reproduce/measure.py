@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ from torch import Tensor
 
 from snoopi import config as recipes
 from snoopi import errors
-from snoopi.evaluate.negatives import EVALUATION_SEED, drawer, guidance_table
-from snoopi.evaluate.removal import RemovalReport, RemovalTest
+from snoopi.evaluate.negatives import EVALUATION_SEED, METHODS, Search, drawer
+from snoopi.evaluate.removal import RemovalReport
 from snoopi.evaluate.world import Quality, Ruler
 from snoopi.folders import shipped_or_path
 from snoopi.noise import Noise
 from snoopi.pipeline import Pipeline, load
+from snoopi.reproduce import candidates
 from snoopi.reproduce.units import Negatives, Teacher, parse
+from snoopi.worlds import build
 from snoopi.worlds.judge import Judge
-from snoopi.worlds.shapes import ShapesWorld
 
 BATCH = 50
 
@@ -52,12 +54,9 @@ def _measure(options: argparse.Namespace) -> None:
 
 def teacher_figures(unit: Teacher, pipeline: Pipeline) -> dict[str, float]:
     """Quality of many steps under CFG; the seed is that of prompts, noise and kappa."""
-    seed = EVALUATION_SEED + unit.seed
-    ruler, noise, (low, high) = (
-        Ruler(ShapesWorld(), Judge.load(), unit.prompts, seed),
-        Noise(seed),
-        unit.kappa,
-    )
+    seed, (low, high) = EVALUATION_SEED + unit.seed, unit.kappa
+    world, noise = build(unit.world), Noise(seed)
+    ruler = Ruler(world, Judge.load(world), unit.prompts, seed)
 
     def draw(prompts: list[str], indices: list[int]) -> Tensor:
         kappa = low + (high - low) * noise.uniform("kappa", 0, indices)
@@ -76,19 +75,18 @@ def quality_figures(quality: Quality) -> dict[str, float]:
 
 def negative_figures(unit: Negatives, pipeline: Pipeline) -> dict[str, Any]:
     """What a method removes and keeps, at its searched or given strength."""
-    if unit.scale is None:
-        scales = recipes.Evaluate().scales
-        table = guidance_table(pipeline, scales, unit.prompts, BATCH, [unit.method])
-        method = table.methods[unit.method]
-        found = {"scale": method.choice.scale, "within_bound": method.choice.met}
-        return {**found, **removal_figures(method.report)}
-    world, judge, seed = ShapesWorld(), Judge.load(), EVALUATION_SEED
-    plain = drawer(pipeline, "none", seed)(0.0)
-    test = RemovalTest(plain, judge, world, Noise(seed), count=unit.prompts, batch=BATCH)
-    return {
-        "scale": unit.scale,
-        **removal_figures(test.measure(drawer(pipeline, unit.method, seed)(unit.scale))),
-    }
+    world = build(unit.student.config().data.world)
+    search = Search(pipeline, unit.prompts, BATCH, world)
+    own = candidates.drawer if unit.method in candidates.CANDIDATES else drawer
+    at_seed = partial(own, pipeline, unit.method)
+    if unit.scale is not None:
+        report = search.reporting.measure(at_seed(EVALUATION_SEED)(unit.scale))
+        return {"scale": unit.scale, **removal_figures(report)}
+    scale_of = METHODS.get(unit.method, float)
+    scales = [scale_of(s) for s in recipes.Evaluate().scales]
+    method = search.method(unit.method, scales, at_seed)
+    found = {"scale": method.choice.scale, "within_bound": method.choice.met}
+    return {**found, **removal_figures(method.report)}
 
 
 def removal_figures(report: RemovalReport) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from snoopi.evaluate.negatives import EVALUATION_SEED
+from snoopi.evaluate.negatives import EVALUATION_SEED, drawer
 from snoopi.evaluate.world import pick
 from snoopi.noise import Noise
 from snoopi.pictures import grid
 from snoopi.pipeline import Pipeline, load
 from snoopi.report import Figure
+from snoopi.reproduce import candidates
 from snoopi.reproduce.experiments import EXPERIMENTS, Table
 from snoopi.reproduce.records import Records
 from snoopi.reproduce.units import Negatives, Train
@@ -77,7 +78,8 @@ def _negatives(
         for row, (where, method, scale) in found.items():
             if where == folder:
                 rows.append(f"{row} ({scale:g})" if table.x is None else row)
-                tiles.append(pipeline.pictures(prompts, z, words, method, scale))
+                own = candidates.drawer if method in candidates.CANDIDATES else drawer
+                tiles.append(own(pipeline, method, EVALUATION_SEED)(scale)(prompts, words, indices))
     titles = [f"{p}; not {w}" for p, w in zip(prompts, words, strict=True)]
     image = grid(torch.cat(tiles), len(prompts), titles=titles, row_titles=rows)
     caption = "Prompts whose picture shows the negative without guidance; the student of seed 0."
@@ -86,14 +88,15 @@ def _negatives(
 
 def _cases(world: str, pipeline: Pipeline) -> tuple[list[str], list[str], list[int]]:
     """Prompts, negatives and noise: two for each attribute, of what the plain pictures show."""
-    source, judge = build(world), Judge.load()
+    source = build(world)
+    judge = Judge.load(source)
     prompts, words, indices = [], [], []
     for column, attribute in enumerate(source.attributes):
         cases = source.removal_cases(Noise(EVALUATION_SEED), attribute, 2)
         own = [100 * column, 100 * column + 1]
         shown = _labels(pipeline, judge, cases, own)[:, column].tolist()
         prompts += cases
-        words += [source.bare_word(attribute, value) for value in shown]
+        words += [source.bare_word(attribute, max(value, 0)) for value in shown]
         indices += own
     return prompts, words, indices
 

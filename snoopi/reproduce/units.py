@@ -90,6 +90,11 @@ class Teacher:
     prompts: int = 500
     kind: ClassVar[str] = "teacher"
 
+    @property
+    def world(self) -> str:
+        """The world that it was trained on."""
+        return recipes.load(self.model).data.world
+
     def what(self) -> dict[str, Any]:
         """All that decides the figures."""
         return {**asdict(self), "weights": _weights(self.model)}
