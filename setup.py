@@ -1,13 +1,17 @@
 """Builds the native op. Everything else about the package stands in pyproject.toml.
 
 SNOOPI_BUILD chooses what is built:
-    auto  what this machine's torch can use (default; in this version the CPU op)
+    auto  what this machine's torch can use: the CPU op, and for a CUDA build of torch the CUDA op
+          where nvcc is (default)
     cpu   the CPU op, snoopi/_cpu.so
-    cuda  the CUDA op; its sources come in a later version
+    cuda  both, whatever torch is there: compiling needs no GPU
     none  nothing: a pure-Python install, ordinary PyTorch ops take over
 
 SNOOPI_EMULATE_AMX=1 is for tests: the AMX kernel runs on plain code in place of AMX instructions,
 wherever AVX-512 is (`make isa`).
+
+SNOOPI_CUDA_ARCHS are the targets of nvcc (default: 80 89 90a 100); the last one's PTX serves later
+GPUs. CUDA_HOME says where CUDA is, if nvcc is not on PATH.
 
 The CPU op is compiled for any processor: csrc/cpu/kernel.cpp once per capability with that
 capability's flags, chosen between at run time; every other source once, with none.
@@ -38,6 +42,8 @@ if X86:
     CAPABILITIES["amx"] = [*paired, "-mamx-tile", "-mamx-bf16", "-DSNOOPI_AMX"]
     if EMULATE_AMX:
         CAPABILITIES["amx"] = [*CAPABILITIES["avx512"], "-DSNOOPI_PAIRED", "-DSNOOPI_AMX"]
+CUDA_ARCHS = "80 89 90a 100"
+STABLE_ABI = "0x020d000000000000"  # of torch 2.13: the first with a stream's native handle
 COMMON_FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 COMMON_FLAGS += ["-DSNOOPI_AMX_EMULATED"] if EMULATE_AMX else []
 KERNEL_FLAGS = [*COMMON_FLAGS, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
@@ -52,11 +58,40 @@ def build_mode() -> str:
     mode = os.environ.get("SNOOPI_BUILD", "auto")
     if mode not in MODES:
         sys.exit(f"SNOOPI_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
-    if mode == "cuda" and not any((ROOT / "csrc" / "cuda").glob("*.cu")):
-        sys.exit(
-            "SNOOPI_BUILD=cuda: the CUDA sources come in a later version; use auto, cpu or none"
-        )
     return mode
+
+
+def extensions() -> list[Extension]:
+    """What is built, by SNOOPI_BUILD."""
+    mode = build_mode()
+    if mode == "none":
+        return []
+    found = [Extension("snoopi._cpu", sources=[])]
+    if mode == "cuda" or (mode == "auto" and _torch_has_cuda()):
+        if nvcc() is not None:
+            found.append(Extension("snoopi._cuda", sources=[]))
+        elif mode == "cuda":
+            sys.exit("SNOOPI_BUILD=cuda: no nvcc found; set CUDA_HOME or put it on PATH")
+        else:
+            print("no nvcc found: the CUDA op is left out; set CUDA_HOME and install again for it")
+    return found
+
+
+def _torch_has_cuda() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False  # building says so
+    return torch.version.cuda is not None
+
+
+def nvcc() -> Path | None:
+    """CUDA's compiler: of CUDA_HOME, on PATH, or where CUDA is installed by default."""
+    home = os.environ.get("CUDA_HOME")
+    there = [Path(home) / "bin" / "nvcc"] if home else []
+    there += [Path(found)] if (found := shutil.which("nvcc")) and not home else []
+    there += [] if home else [Path("/usr/local/cuda/bin/nvcc")]
+    return next((path for path in there if path.is_file()), None)
 
 
 def compiler() -> str:
@@ -82,6 +117,7 @@ class BuildOps(build_ext):
         return []
 
     def build_extension(self, ext: Extension) -> None:
+        """Compile the sources of one op and link them."""
         try:
             import torch
             from torch.utils import cpp_extension
@@ -95,18 +131,20 @@ class BuildOps(build_ext):
         temp = Path(self.build_temp).resolve() / f"{ext.name}-torch-{torch.__version__}"
         temp.mkdir(parents=True, exist_ok=True)
         includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-        jobs = list(compile_jobs(cxx, temp, includes))
+        cuda = ext.name == "snoopi._cuda"
+        jobs = (cuda_jobs if cuda else compile_jobs)(cxx, temp, includes)
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
             list(pool.map(self._compile, jobs))
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         out.parent.mkdir(parents=True, exist_ok=True)
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
         objects = [job[-1] for job in jobs]
-        self._spawn([*cxx, "-shared", *objects, "-o", str(out), *libraries, *link_flags()])
+        flags = cuda_link_flags() if cuda else link_flags()
+        self._spawn([*cxx, "-shared", *objects, "-o", str(out), *libraries, *flags])
 
     def _compile(self, job: list[str]) -> None:
         target = Path(job[-1])
-        sources = [*(ROOT / "csrc" / "cpu").iterdir(), Path(__file__)]
+        sources = [*(ROOT / "csrc").glob("c*/*"), Path(__file__)]  # cpu and cuda
         newest = max(path.stat().st_mtime for path in sources)
         if self.force or not target.exists() or target.stat().st_mtime < newest:
             self._spawn(job)
@@ -143,9 +181,38 @@ def link_flags() -> list[str]:
     return [*flags, *([] if sys.platform == "darwin" else ["-fopenmp", "-Wl,--no-undefined"])]
 
 
+def cuda_jobs(cxx: list[str], temp: Path, includes: list[str]) -> list[list[str]]:
+    """Compiler calls of the CUDA op: the kernels by nvcc, the glue on torch's stable ABI."""
+    source, jobs = ROOT / "csrc" / "cuda", []
+    archs = os.environ.get("SNOOPI_CUDA_ARCHS", CUDA_ARCHS).replace(";", " ").split()
+    codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    if archs:
+        codes[-1] = f"arch=compute_{archs[-1]},code=[sm_{archs[-1]},compute_{archs[-1]}]"
+    targets = [word for code in codes for word in ("-gencode", code)]
+    hidden = "-fPIC,-fvisibility=hidden"
+    for kernel in sorted(source.glob("*.cu")):
+        call = [str(nvcc()), "-std=c++17", "-O3", *targets, "-Xcompiler", hidden, "-ccbin", cxx[0]]
+        jobs.append([*call, "-c", str(kernel), "-o", str(temp / f"{kernel.stem}.cu.o")])
+    flags = [*COMMON_FLAGS, f"-DTORCH_TARGET_VERSION={STABLE_ABI}", *includes]
+    for glue in sorted(source.glob("*.cpp")):
+        jobs.append([*cxx, *flags, "-c", str(glue), "-o", str(temp / f"{glue.stem}.o")])
+    return jobs
+
+
+def cuda_link_flags() -> list[str]:
+    """CUDA's runtime is linked in; of torch only what holds the stable ABI."""
+    path = nvcc()
+    assert path is not None
+    home = path.resolve().parents[1]
+    folders = [home / "lib64", home / "targets" / "x86_64-linux" / "lib"]
+    runtime = [f"-L{folder}" for folder in folders if folder.is_dir()]
+    libraries = ["-ltorch_cpu", "-lc10", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    return [*runtime, *libraries, "-Wl,--exclude-libs,ALL"]
+
+
 os.chdir(ROOT)  # setuptools reads pyproject.toml and copies in-place builds from there
 setup(
-    ext_modules=[] if build_mode() == "none" else [Extension("snoopi._cpu", sources=[])],
+    ext_modules=extensions(),
     cmdclass={"build_ext": BuildOps},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -193,7 +193,8 @@ def guided_attention(
     call = _Call(q, {"_pos": pos, "_neg": neg}, w_out, b_out)
     checks.check_strength(formula.strength, call.q)
     scale = _softmax_scale(softmax_scale, call.q)
-    own = formula.kind == "combine"
+    # On CUDA the kernel has NASA and the twin form; the others are combined from the latter.
+    own = formula.kind == "combine" or q.device.type == "cuda"
     if not own and _choose_path(call, "auto", formula.strength).path == "fused":
         formula = formula._replace(strength=_strength(formula.strength, call.q))
         return call.run(_guided, call, out, formula, scale)
@@ -349,6 +350,8 @@ def _packing_costs_more(call: _Call) -> bool:
     """
     if call.q.dtype != torch.float32 or torch.compiler.is_compiling() or _laid_out(call):
         return False
+    if call.q.device.type != "cpu":
+        return False  # nothing is packed there
     texts = call.texts.values()
     queries = call.q.shape[0] * call.q.shape[1]
     elements = sum(text.k.numel() for text in texts)
@@ -358,11 +361,13 @@ def _packing_costs_more(call: _Call) -> bool:
 
 def _choose_path(call: _Call, backend: str, nasa_scale: object = None) -> Choice:
     checks.check_backend(backend)
-    missing = native.why_not(call.q)
+    longest = max(text.k.shape[1] for text in call.texts.values())
+    missing = native.why_not_attend(call.q, longest)
+    loaded = native.CUDA if call.q.device.type == "cuda" else native.NATIVE
     if backend == "fused":
         if missing is not None:
             raise ValueError(f'backend="fused" is not possible here: {missing}')
-        return Choice("fused", f"asked for; {native.NATIVE.why}")
+        return Choice("fused", f"asked for; {loaded.why}")
     if backend == "reference":
         return Choice("reference", "asked for")
     if missing is not None:
@@ -370,7 +375,7 @@ def _choose_path(call: _Call, backend: str, nasa_scale: object = None) -> Choice
     if call.needs_grad(nasa_scale):
         why = "a gradient is wanted: the fused op computes the forward pass twice, which is slower"
         return Choice("eager", why)
-    return Choice("fused", native.NATIVE.why)
+    return Choice("fused", loaded.why)
 
 
 def _guided(call: _Call, out: LinearPack | None, formula: Formula, scale: float) -> Tensor:

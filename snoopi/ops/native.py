@@ -1,4 +1,4 @@
-"""Finds and loads the native CPU op (snoopi/_cpu.so), and remembers why it is absent if it is."""
+"""Finds and loads the native ops (snoopi/_cpu.so, _cuda.so); remembers why one is absent."""
 
 import re
 import warnings
@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 VERSION = 4  # of the ops, in csrc/cpu/nasa.cpp
+CUDA_VERSION = 1  # in csrc/cuda/torch.cpp
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA_HEAD_DIMS = (40, 64, 72, 80, 160)  # of instances in csrc/cuda/nasa_launch.h
+CUDA_TEXT = 512  # most keys of a text
+CUDA_CAPABILITY = (8, 0)  # the least: cp.async and mma of bf16
 
 
 class Native(NamedTuple):
@@ -60,6 +65,29 @@ def load(folder: Path | None = None) -> Native:
     return Native(False, why)
 
 
+def load_cuda(folder: Path | None = None) -> Native:
+    """Load the CUDA op, which is built on a stable ABI for torch 2.13 and later. As `load`."""
+    path = (folder or Path(__file__).resolve().parent.parent) / "_cuda.so"
+    if not path.is_file():
+        return Native(False, "the CUDA op snoopi/_cuda.so is not built")
+    try:
+        torch.ops.load_library(str(path))
+        version = getattr(torch.ops.snoopi, "cuda_version", None)
+        fits = version is not None and version() == CUDA_VERSION
+        trouble = None if fits else "it was built from other sources"
+    except (OSError, RuntimeError) as error:
+        trouble = str(error).splitlines()[0]
+    if trouble is None:
+        return Native(True, "native CUDA op")
+    why = f"the native op snoopi/_cuda.so cannot be loaded: {trouble}"
+    warnings.warn(
+        f"{why}; the plain PyTorch path is used. Build it again: "
+        "SNOOPI_BUILD=cuda pip install --no-build-isolation -e .",
+        stacklevel=2,
+    )
+    return Native(False, why)
+
+
 def _is_current() -> bool:
     """Whether the library that was loaded has the ops that this version calls."""
     version = getattr(torch.ops.snoopi, "cpu_version", None)
@@ -80,6 +108,7 @@ def _unfit(path: Path) -> str | None:
 
 
 NATIVE = load()
+CUDA = load_cuda()
 
 
 def why_not(x: Tensor) -> str | None:
@@ -92,3 +121,23 @@ def why_not(x: Tensor) -> str | None:
     if x.dtype not in _DTYPES:
         return f"there is no fused kernel for {x.dtype}"
     return None if NATIVE.loaded else NATIVE.why
+
+
+def why_not_attend(q: Tensor, longest: int) -> str | None:
+    """Why no fused attention takes q [b m h d] and texts of so many keys; None if one does."""
+    if q.device.type != "cuda":
+        return why_not(q)
+    if not CUDA.loaded:
+        return CUDA.why
+    if q.dtype not in _CUDA_DTYPES:
+        return f"there is no fused CUDA kernel for {q.dtype}"
+    if q.shape[-1] not in CUDA_HEAD_DIMS:
+        known = ", ".join(map(str, CUDA_HEAD_DIMS))
+        return f"there is no fused CUDA kernel for heads of {q.shape[-1]}; there are {known}"
+    if longest > CUDA_TEXT:
+        return f"the fused CUDA kernel takes texts of {CUDA_TEXT} keys at most, got {longest}"
+    has = torch.cuda.get_device_capability(q.device)
+    if has < CUDA_CAPABILITY:
+        needed, found = (".".join(map(str, c)) for c in (CUDA_CAPABILITY, has))
+        return f"the fused CUDA kernel needs compute capability {needed}, got {found}"
+    return None
