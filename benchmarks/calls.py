@@ -19,7 +19,7 @@ from snoopi.guidance import NAG, NASA, VSF, Guidance
 from snoopi.noise import Noise
 from snoopi.ops import LinearPack, TextPack, eager
 from snoopi.ops.nasa import Choice
-from snoopi.ops.native import NATIVE
+from snoopi.ops.native import CUDA, NATIVE
 
 NASA_SCALE = 0.5
 
@@ -81,7 +81,7 @@ class Inputs(NamedTuple):
         return TextPack(self.k_null, self.v_null)
 
 
-def make_inputs(shape: Shape, dtype: str, guidance: str = "nasa") -> Inputs:
+def make_inputs(shape: Shape, dtype: str, guidance: str = "nasa", device: str = "cpu") -> Inputs:
     """Inputs of a shape: N(0, 1), the weight scaled to keep that; every dtype rounds the same."""
     b, m, n, h, d, c = shape.b, shape.m, shape.n, shape.h, shape.d, shape.c
     noise = Noise(0)
@@ -94,7 +94,7 @@ def make_inputs(shape: Shape, dtype: str, guidance: str = "nasa") -> Inputs:
     made += [draw("w_out", c, c) * c**-0.5, draw("b_out", c)]
     if METHODS[guidance].guidance.needs_null:
         made += [draw(name, b, n, h, d) for name in ("k_null", "v_null")]
-    return Inputs(*(x.to(common.DTYPES[dtype]) for x in made))
+    return Inputs(*(x.to(device, common.DTYPES[dtype]) for x in made))
 
 
 # --- ordinary PyTorch ops -------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def vsf_texts(x: Inputs) -> tuple[Tensor, ...]:
     k = torch.cat([x.k_pos, x.k_neg], 1)
     v = torch.cat([x.v_pos, -guidance.scale * x.v_neg], 1)
     n = x.k_pos.shape[1]
-    bias = torch.zeros(1, 1, 1, k.shape[1], dtype=k.dtype)
+    bias = torch.zeros(1, 1, 1, k.shape[1], dtype=k.dtype, device=k.device)
     bias[..., n:] = -guidance.bias
     return x.q, k, v, bias, x.w_out, x.b_out
 
@@ -221,7 +221,8 @@ def explain(x: Inputs, guidance: str = "nasa") -> Choice:
     if isinstance(method, NASA):
         return ops.explain(*x[:7], k_null=x.k_null, v_null=x.v_null, nasa_scale=method.scale)
     # guided_attention has no explain; without the native op it is the twin form and `combine`.
-    return Choice("fused" if NATIVE.loaded else "reference", NATIVE.why)
+    native = CUDA if x.q.is_cuda else NATIVE
+    return Choice("fused" if native.loaded else "reference", native.why)
 
 
 def exact(x: Inputs, guidance: str = "nasa") -> Tensor:

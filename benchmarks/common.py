@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from snoopi import errors
-from snoopi.ops.native import NATIVE
+from snoopi.ops.native import CUDA, NATIVE
 from snoopi.pictures import write_atomically
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -153,6 +153,34 @@ def interleave(
     return times
 
 
+def enqueued(run: Callable[[], object], device: str) -> Callable[[], object]:
+    """On CUDA: a part that calls `run` often enough to fill a millisecond and waits for the device.
+
+    Its Span is one call by the device's clock, so the host's launches count only where they cannot
+    keep up. On the CPU: run itself.
+    """
+    if device == "cpu":
+        return run
+    run()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    calls = max(5, min(500, round(1e-3 / (time.perf_counter() - started))))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def part() -> Span:
+        events[0].record()
+        for _ in range(calls):
+            run()
+        events[1].record()
+        torch.cuda.synchronize()
+        seconds = events[0].elapsed_time(events[1]) / 1e3 / calls
+        return Span(seconds, seconds)
+
+    return part
+
+
 def _order(names: Sequence[str], turn: int) -> list[str]:
     """The names from another start each turn, and at another stride once all have started."""
     count = len(names)
@@ -237,9 +265,9 @@ _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 _VARIABLES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 
-def machine(threads: Sequence[int]) -> dict[str, Any]:
+def machine(threads: Sequence[int], device: str = "cpu") -> dict[str, Any]:
     """Where the numbers come from; neither paths nor the host's name are in it."""
-    info = _cpuinfo()
+    info, op = _cpuinfo(), NATIVE if device == "cpu" else CUDA
     has = info.get("flags", "").split()
     return {
         "processor": info.get("model name") or platform.machine(),
@@ -248,7 +276,8 @@ def machine(threads: Sequence[int]) -> dict[str, Any]:
         "threads": list(threads),
         "torch": str(torch.__version__),
         # Why a library does not load may name its path.
-        "op": NATIVE.why if NATIVE.loaded else NATIVE.why.partition(":")[0],
+        "op": op.why if op.loaded else op.why.partition(":")[0],
+        "gpu": None if device == "cpu" else torch.cuda.get_device_name(),
         "commit": _commit(),
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
@@ -262,6 +291,8 @@ def machine_lines(described: Mapping[str, Any]) -> list[str]:
         f"torch {described['torch']}; op: {described['op']}",
         f"commit: {described['commit'] or 'unknown'}",
     ]
+    if described.get("gpu"):
+        lines.insert(1, f"GPU: {described['gpu']}, CUDA {torch.version.cuda}")
     if described["environment"]:
         lines.append(" ".join(f"{k}={v}" for k, v in described["environment"].items()))
     return lines
@@ -387,9 +418,9 @@ def _markdown_table(columns: Sequence[Column], rows: Iterable[Row]) -> list[str]
     return [line(column.title for column in columns), line(rule), *body]
 
 
-def begin(threads: Sequence[int], table: Table, times: str) -> dict[str, Any]:
+def begin(threads: Sequence[int], table: Table, times: str, device: str = "cpu") -> dict[str, Any]:
     """Say where and what is measured (times: what a time is); returns `machine`."""
-    described = machine(threads)
+    described = machine(threads, device)
     print("\n".join(machine_lines(described)))
     print(f"\nColumns (times: median of {times})")
     print(explain(table.columns), flush=True)

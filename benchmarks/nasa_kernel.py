@@ -1,8 +1,8 @@
-"""The fused op on the CPU against ordinary PyTorch, torch.compile and the machine's GEMM rate.
+"""The fused op against ordinary PyTorch, torch.compile and the machine's GEMM rate.
 
 python -m benchmarks.nasa_kernel [--guidance nasa,nasa-centred,nag,vsf] [--shapes real|sweep]
                                  [--dtype fp32|bf16|both] [--threads 1,2] [--repeats N]
-                                 [--json FILE] [--plots FOLDER]
+                                 [--device cpu|cuda] [--json FILE] [--plots FOLDER]
 
 b batch, m query tokens, n tokens of each text, h heads, d head dim, c = h*d channels.
 """
@@ -59,8 +59,15 @@ class Case(NamedTuple):
     dtype: str
     threads: int
     guidance: str = "nasa"
+    device: str = "cpu"
+
+    def inputs(self) -> Inputs:
+        """Its inputs, on its device."""
+        return make_inputs(self.shape, self.dtype, self.guidance, self.device)
 
     def __str__(self) -> str:
+        if self.device != "cpu":
+            return f"{self.guidance} {self.name} ({self.shape}) {self.dtype} on {self.device}"
         unit = "thread" if self.threads == 1 else "threads"
         return f"{self.guidance} {self.name} ({self.shape}) {self.dtype} on {self.threads} {unit}"
 
@@ -73,7 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     threads, names = common.thread_counts(options.threads), common.dtypes(options.dtype)
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: this machine has no CUDA device")
+        threads = [1]  # of the host
+        torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32 on every side
     cases = _cases(_guidances(options), options.shapes, names, threads)
+    cases = [case._replace(device=options.device) for case in cases]
     if options.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {options.repeats}")
     if options.plots is not None:
@@ -82,7 +95,7 @@ def _run(options: argparse.Namespace) -> None:
         plots.check_installed("--plots")
     common.check_file("--json", options.json)
     common.check_folder("--plots", options.plots)
-    machine = common.begin(threads, TABLE, f"{options.repeats} interleaved rounds")
+    machine = common.begin(threads, TABLE, f"{options.repeats} interleaved rounds", options.device)
     with torch.inference_mode():
         _check_all(cases)
         print("\n" + common.text_head(TABLE.columns), flush=True)
@@ -169,7 +182,7 @@ def _check_all(cases: Sequence[Case]) -> None:
     """Every case before any is timed: a wrong kernel is told in seconds."""
     for case in cases:
         with common.at_threads(case.threads):
-            check(case, make_inputs(case.shape, case.dtype, case.guidance))
+            check(case, case.inputs())
     factor = f"{common.ERROR_FACTOR:g}"
     print(f"\nchecked {len(cases)} rows against fp64: no error above {factor} times eager's")
 
@@ -183,10 +196,11 @@ def measure(case: Case, repeats: int, *, compile: bool = True) -> dict[str, Any]
     Raises:
         WrongResult: see `check`.
     """
-    shape, dtype, guidance = case.shape, case.dtype, case.guidance
-    x, texts = make_inputs(shape, dtype, guidance), METHODS[guidance].texts
+    shape, dtype, guidance, device = case.shape, case.dtype, case.guidance, case.device
+    x, texts = case.inputs(), METHODS[guidance].texts
     flops, moved = shape.flops(texts), shape.bytes(dtype, texts)
-    gemm = [torch.ones(size, dtype=common.DTYPES[dtype]) for size in (GEMM[:2], GEMM[:0:-1])]
+    kind: dict[str, Any] = {"dtype": common.DTYPES[dtype], "device": device}
+    gemm = [torch.ones(size, **kind) for size in (GEMM[:2], GEMM[:0:-1])]
     with common.at_threads(case.threads):
         found = check(case, x)
         path = calls.explain(x, guidance)
@@ -196,8 +210,8 @@ def measure(case: Case, repeats: int, *, compile: bool = True) -> dict[str, Any]
             found["compiled"] = common.error(fast(), calls.exact(x, guidance))
             common.check_error(f"{case}, compiled", dtype, found["compiled"], found["eager"])
             runs["compiled"] = fast
-        parts: dict[str, list[Callable[[], object]]] = {name: [run] for name, run in runs.items()}
-        parts["gemm"] = [lambda: F.linear(*gemm)]
+        timed: dict[str, Callable[[], object]] = {**runs, "gemm": lambda: F.linear(*gemm)}
+        parts = {name: [common.enqueued(run, device)] for name, run in timed.items()}
         times = {name: made[0] for name, made in common.interleave(parts, repeats).items()}
     ms = {name: taken.ms for name, taken in times.items()}
     roof = 2 * GEMM[0] * GEMM[1] * GEMM[2] / ms["gemm"] / 1e6  # GFLOP/s
@@ -323,6 +337,7 @@ def _command(options: argparse.Namespace, names: Sequence[str], threads: Sequenc
     dtype = names[0] if len(names) == 1 else "both"
     words = f"--guidance {options.guidance} --shapes {options.shapes} --dtype {dtype}"
     words += f" --threads {','.join(map(str, threads))} --repeats {options.repeats}"
+    words += "" if options.device == "cpu" else f" --device {options.device}"
     return f"python -m {NAME} {words}{'' if options.compile else ' --no-compile'}"
 
 
@@ -402,7 +417,7 @@ TABLE = Table(
 def _parser() -> argparse.ArgumentParser:
     parser = errors.Parser(
         prog=NAME,
-        description="The fused op on the CPU: checked against fp64, then timed next to PyTorch.",
+        description="The fused op: checked against fp64, then timed next to PyTorch.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -419,6 +434,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"real (the models' layers), sweep (one size at a time), or names: {', '.join(REAL)}",
     )
     common.add_options(parser)
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs")
     add("--repeats", type=int, default=20, metavar="N", help="rounds of every row")
     add(
         "--no-compile",
