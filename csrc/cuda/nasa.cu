@@ -1,0 +1,19 @@
+// The library's face: C functions that take plain structs, so that any caller can bind them.
+#include "nasa_launch.h"
+
+#define NASA_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Enqueues one call on `stream` (a cudaStream_t) of the current device. Returns a NasaError.
+NASA_EXPORT int snoopi_nasa_cuda(const snoopi::NasaParams* params, int dtype, int head_dim,
+                                 void* stream) {
+  return snoopi::nasa_launch(*params, dtype, head_dim, stream);
+}
+
+// The instance that the call would use with `shared_limit` bytes of shared memory a block; launches
+// nothing and needs no device. Returns a NasaError.
+NASA_EXPORT int snoopi_nasa_cuda_query(const snoopi::NasaParams* params, int dtype, int head_dim,
+                                       int shared_limit, snoopi::NasaInstance* found) {
+  return snoopi::nasa_query(*params, dtype, head_dim, shared_limit, found);
+}
+
+NASA_EXPORT const char* snoopi_nasa_cuda_error(int error) { return snoopi::nasa_error_name(error); }

@@ -1,0 +1,9 @@
+// csrc/cuda/nasa.cu's functions, on the host. They take host pointers.
+#pragma once
+
+#include "../cuda/nasa_params.h"
+
+extern "C" int snoopi_nasa_emulated(const snoopi::NasaParams* params, int dtype, int head_dim,
+                                    void* stream);
+extern "C" int snoopi_nasa_emulated_query(const snoopi::NasaParams* params, int dtype, int head_dim,
+                                          int shared_limit, snoopi::NasaInstance* found);

@@ -1,0 +1,74 @@
+"""Compiles csrc/simt, and with it csrc/cuda's kernels, for the host; keeps results by content."""
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+CUDA, SIMT = ROOT / "csrc" / "cuda", ROOT / "csrc" / "simt"
+CACHE = ROOT / "build" / "simt"
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+
+
+def compiler() -> str:
+    """The path of g++; skips the test without it."""
+    path = shutil.which("g++")
+    if path is None:
+        pytest.skip("needs g++ to run the CUDA kernels on the host")
+    return path
+
+
+def includes() -> list[str]:
+    """Where Python.h and pybind11 are; skips the test without them."""
+    pybind11 = pytest.importorskip("pybind11")
+    return [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
+
+
+def run(command: Sequence[str | Path]) -> None:
+    done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stderr[-4000:]}"
+
+
+def cached(name: str, command: Sequence[str], inputs: Sequence[Path]) -> Path:
+    """The file that `command` + ["-o", file] makes, anew if an input or the command changed."""
+    digest = hashlib.sha256(repr(command).encode())
+    for path in inputs:
+        digest.update(path.read_bytes())
+    folder = CACHE / digest.hexdigest()[:16]
+    target = folder / name
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f"{name}.part"
+        run([*command, "-o", part])
+        part.rename(target)  # so that an interrupted build leaves nothing that looks finished
+    return target
+
+
+def sources() -> list[Path]:
+    return sorted(path for folder in (CUDA, SIMT) for path in folder.iterdir() if path.is_file())
+
+
+def build(*flags: str) -> ModuleType:
+    """The Python module; `flags` are for the kernels' part of it (-DNASA_FAULT=1)."""
+    gxx, texts = compiler(), sources()
+    commands = {
+        "module.o": [gxx, *FLAGS, *includes(), "-c", str(SIMT / "module.cpp")],
+        "nasa_emu.o": [gxx, *FLAGS, *flags, "-c", str(SIMT / "nasa_emu.cpp")],
+    }
+    with ThreadPoolExecutor() as pool:
+        objects = list(pool.map(lambda item: cached(*item, texts), commands.items()))
+    name = f"snoopi_simt{sysconfig.get_config_var('EXT_SUFFIX')}"
+    path = cached(name, [gxx, "-shared", *map(str, objects)], objects)
+    spec = importlib.util.spec_from_file_location("snoopi_simt", path)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
