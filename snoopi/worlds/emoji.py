@@ -186,7 +186,9 @@ class EmojiWorld:
 
     def render(self, glyphs: Sequence[int] | np.ndarray, nuisance: Nuisance) -> Tensor:
         """Antialiased pictures [b 3 32 32] in [-1, 1] of glyphs [b], by their place in `glyphs`."""
-        drawn = np.stack([_drawn(int(i)) for i in glyphs]) if len(glyphs) else _NOTHING
+        if not len(glyphs):
+            return torch.zeros(0, 3, self.size, self.size)
+        drawn = np.stack([_drawn(int(i)) for i in glyphs])
         ink = torch.from_numpy(drawn).float() / 255  # [b 4 H W], colours multiplied by their alpha
         cos, sin = nuisance.rotation.cos(), nuisance.rotation.sin()
         turn = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2) / nuisance.scale[:, None, None]
@@ -558,8 +560,6 @@ def _values(attribute: str) -> tuple[str, ...]:
 
 
 # --- drawing ----------------------------------------------------------------------------------
-
-_NOTHING = np.zeros((0, 4, GRAIN, GRAIN), dtype=np.uint8)
 
 
 @functools.cache
