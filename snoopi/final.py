@@ -98,14 +98,14 @@ class Observer:
             grids=figures,
             removal=removal,
             guidance_table=table,
-            provenance=_machine(self.config) | self._pictures(),
+            provenance=_machine(self.config) | self.pictures(),
         )
         path = write_report(self.out, report)
         print_report(report)
         print(f"\nwrote {path}, {self.out / 'summary.json'}, {self.out / 'model'}", flush=True)
 
-    def _pictures(self) -> dict[str, str]:
-        """Where the report's real pictures come from, if they ask for it."""
+    def pictures(self) -> dict[str, str]:
+        """Whose the world's pictures are, for what is made of them: {} where nobody asks for it."""
         return {"pictures": self.world.attribution} if self.world.attribution else {}
 
 

@@ -137,7 +137,7 @@ def run(config: Config, out: Path, device: torch.device, *, resume: bool = False
         pipeline = trainer.pipeline()
         if pipeline is None:
             return
-        pipeline.provenance = _provenance(config, out, source)
+        pipeline.provenance = _provenance(config, out, source) | observer.pictures()
         model = pipeline.save(out / "model", STORES[config.model.store])
         seconds["training"] = time.monotonic() - started
         observer.finish(model, source, seconds)

@@ -45,7 +45,6 @@ PATCH = 4  # latent-like compression: keep the first principal components of a p
 RANKS = (5, 24)
 # Of a world's judge, where they are not the shapes world's.
 SIZES: dict[str, dict[str, Any]] = {
-    "shapes": {},
     "emoji": {"widths": (32, 64, 96, 128), "absent": True},
 }
 OVERSHOOT = 1.5  # a generator may stray a little outside the world's own nuisance
@@ -198,7 +197,7 @@ def accuracy(judge: Judge, world: World, noise: Noise, count: int = 4096) -> dic
 
 def _fresh(world: World, noise: Noise) -> Judge:
     """Untrained judge whose weights come from the noise, not from torch's global generator."""
-    judge = Judge(world.attributes, world.size, **SIZES[world.name])
+    judge = Judge(world.attributes, world.size, **SIZES.get(world.name, {}))
     for index, weight in enumerate(judge.parameters()):
         if weight.ndim > 1:
             fan_in = weight[0].numel()

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import snoopi
-from snoopi import config, folders, train, zoo
+from snoopi import config, final, folders, train, worlds, zoo
 from snoopi.models.clip import CLIPTextConfig
 from snoopi.models.clip_vision import CLIPVisionConfig
 from snoopi.models.t5 import T5Config
@@ -167,6 +167,56 @@ def test_three_steps(
     else:
         assert len(changed) > 0.9 * len(before)
     assert "snoopi.train" not in capsys.readouterr().err  # no complaint
+
+
+TINY = [
+    *("run.batch=2", "run.steps=3", "run.log=1", "run.save=3"),
+    *("evaluate.prompts=4", "evaluate.every=0", "evaluate.batch=8"),
+]
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of three steps of the emoji world's teacher."""
+    out = tmp_path_factory.mktemp("emoji")
+    more = ["evaluate.teacher_steps=2", "optim.student.warmup=0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("snoopi.trainers.FIT_PICTURES", 64)
+        assert train.main(["emoji_teacher", *TINY, *more, "--out", str(out / "emoji_teacher")]) == 0
+    return out
+
+
+def test_emoji_teacher(emoji: Path) -> None:
+    """Three steps of the recipe as it is, in few pictures; the report says whose art it is."""
+    rows = figures(emoji / "emoji_teacher")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    report = (emoji / "emoji_teacher/report.html").read_text(encoding="utf-8")
+    assert "OpenMoji (https://openmoji.org), CC BY-SA 4.0" in report
+    teacher = snoopi.load(emoji / "emoji_teacher/model")
+    assert teacher.spec.arch == "emoji" and teacher("woman teacher")[0].size == (32, 32)
+
+
+def test_emoji_student(emoji: Path) -> None:
+    """Three steps from that teacher, measured on few prompts; the strip of its own example."""
+    more = ["evaluate.removal=0", "evaluate.teacher_steps=2"]
+    assert train.main(["pgsb_emoji_gap", *TINY, *more, "--out", str(emoji / "pgsb_emoji_gap")]) == 0
+    rows = figures(emoji / "pgsb_emoji_gap")
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    summary = json.loads((emoji / "pgsb_emoji_gap/summary.json").read_text(encoding="utf-8"))
+    assert summary["prompts"] == 4 and 0 <= summary["all_right"] <= 1
+    student = snoopi.load(emoji / "pgsb_emoji_gap/model")
+    figure = final._strip(student, worlds.build("emoji"))
+    assert figure.caption.startswith('"teacher dark skin tone", negative prompt "man"')
+
+
+@pytest.mark.parametrize("name", [name for name in config.recipes() if "emoji" in name])
+def test_emoji_recipes_are_those_of_shapes_with_another_world(name: str) -> None:
+    """What differs is the world, its preset, what a run starts from, and a teacher's steps."""
+    changed = config.differences(config.load(name.replace("emoji", "shapes")), config.load(name))
+    ours = {line.split(":")[0] for line in changed}
+    assert "data.world" in ours
+    assert ours <= {"data.world", "model.preset", "model.vae", "model.teacher", "run.steps"}
 
 
 @pytest.mark.parametrize("key", ["model", "taesd"])

@@ -66,7 +66,7 @@ def test_default_strengths() -> None:
     rows = {"instaflow": 0.19, "dmd-pixart": 0.45, "yoso-pixart": 0.2, "pixart-lcm": 0.5}
     kinds = {"sd15": 0.04, "dreamshaper": 0.04, "sdxl": 0.5, "pixart": 0.8}
     for name, spec in PRESETS.items():
-        if name in ("shapes", "shapes_dit", "debug"):
+        if name in ("shapes", "shapes_dit", "emoji", "debug"):
             want = {"nasa": 1.0, "nasa-centred": 1.5, "embed-sub": 1.0, "cfg": 2.0}
         else:
             kind = next((v for k, v in kinds.items() if k in name), 0.3)  # the rest are SD2.1's
