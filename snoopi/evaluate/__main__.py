@@ -288,7 +288,12 @@ def _find(options: argparse.Namespace, metrics: Sequence[str], bench: Bench) -> 
     benchmark = (folder / "hpsv2").is_dir() or options.hps_prompts is not None
     if "hpsv2" in metrics and benchmark:
         bench.benchmark = _found_styles(options, folder)
-    if "removal" in metrics:
+    if "removal" in metrics and not options.world:
+        if not (folder / "removal").is_dir():
+            raise ValueError(
+                f"removal: {folder} holds no folder removal with pictures before and after: draw "
+                "them from a model (--out)"
+            )
         bench.removal = read_rows(folder / "removal")
     distances = any(name in ("fid", "kid", "pr") for name in metrics) and not options.features
     others = any(name in ("clip", "named") for name in metrics)
@@ -510,7 +515,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _drawing_words(add: Callable[..., Any]) -> None:
     add("--prompts", type=Path, metavar="FILE", help=".txt, .jsonl, or .json (a list, or labels)")
-    add("--num", type=int, metavar="N", help="the first N prompts or pictures; None: all")
+    add(
+        *("--num", "--count"),  # torchrun takes --num for a short --numa-binding
+        type=int,
+        metavar="N",
+        help="the first N prompts or pictures; None: all (under torchrun: --count)",
+    )
     add("--out", type=Path, metavar="FOLDER", help="a model's pictures; what is there is kept")
     add("--world", choices=worlds.NAMES, help="prompts, real pictures and judge of a small world")
     add("--seed", type=int, default=0, help="of the starting noise: picture i has noise i")

@@ -164,8 +164,13 @@ class Bench:
 
     def _judge(self) -> tuple[Quality, Tensor]:
         assert self.world is not None
-        pictures = torch.cat([_as_drawn(row.file) for row in self.rows])
-        judge = self.world.ruler.judge
+        judge, parts = self.world.ruler.judge, []
+        for row in self.rows:
+            parts.append(_as_drawn(row.file))
+            high, wide = parts[-1].shape[2:]
+            if (high, wide) != (judge.size, judge.size):
+                raise ValueError(f"{row.file} has {high}x{wide} pixels, not {judge.size} a side")
+        pictures = torch.cat(parts)
         return self.world.ruler.judge_pictures(pictures), judge.features(pictures)
 
     def _once(self, key: str, make: Callable[[], Any]) -> Any:

@@ -52,8 +52,10 @@ def read_pairs(path: Path) -> list[Pair]:
     """Pairs from a .jsonl file. Raises ValueError, naming file and line, for anything else."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
     pairs = [_pair(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not pairs:
         raise ValueError(f"{path} holds no pair")

@@ -118,8 +118,10 @@ def read_rows(folder: Path) -> list[Row]:
     path, rows = folder / PROMPTS, []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
     for number, line in enumerate(filter(None, lines), 1):
         try:
             data = json.loads(line)
