@@ -9,10 +9,11 @@ says where it comes from.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,13 +48,13 @@ class Protocol(NamedTuple):
 
 
 def _clean(picture: Image.Image) -> Tensor:
-    square = preprocess.reference_picture(picture)
-    return (preprocess.inception_pictures([square]) - 128) / 128
+    return preprocess.inception_pictures([preprocess.reference_picture(picture)])
 
 
 def _tf1(picture: Image.Image) -> Tensor:
-    square = preprocess.to_tensor([preprocess.reference_picture(picture)]) * 255
-    return (preprocess.tf1_bilinear(square, 299) - 128) / 128
+    # TensorFlow resizes bytes: 0 to 255, exactly.
+    square = (preprocess.to_tensor([preprocess.reference_picture(picture)]) * 255).round()
+    return preprocess.tf1_bilinear(square, 299)  # the network does (x - 128) / 128
 
 
 def _tf1_bgr(picture: Image.Image) -> Tensor:
@@ -108,32 +109,41 @@ _KINDS = {"inception": InceptionConfig, "vgg": VGGConfig}
 class Features:
     """Features of a set of pictures, or their statistics alone.
 
-    rows: float32 [n d], None where only statistics are known. stats: of the rows. protocol: its
-    name, "" where a file does not say. source: words for the report.
+    rows: float32 [n d], None where only statistics are known. protocol: its name, "" where a file
+    does not say. source: words for the report. known: the statistics, where there are no rows.
     """
 
     rows: Tensor | None
-    stats: FeatureStats = field(repr=False)
     protocol: str
     source: str
+    known: FeatureStats | None = None
 
     @classmethod
     def of(cls, rows: Tensor, protocol: str, source: str) -> Features:
         """Features from their rows [n d]. Raises ValueError, naming the source, if not finite."""
-        if not bool(rows.isfinite().all()):
-            bad = int((~rows.isfinite().all(1)).nonzero()[0])
+        finite = rows.isfinite().all(1)
+        if not bool(finite.all()):
+            bad = int((~finite).nonzero()[0])
             raise ValueError(f"{source}: features must be finite, but row {bad} is not")
-        return cls(rows, FeatureStats.of(rows), protocol, source)
+        return cls(rows, protocol, source)
+
+    @functools.cached_property
+    def stats(self) -> FeatureStats:
+        """Mean and covariance; of 40,504 rows seconds."""
+        if self.rows is None:
+            assert self.known is not None
+            return self.known
+        return FeatureStats.of(self.rows)
 
     @property
     def count(self) -> int:
         """Number of pictures."""
-        return self.stats.count
+        return self.stats.count if self.rows is None else len(self.rows)
 
     @property
     def width(self) -> int:
         """Number of values of a picture."""
-        return len(self.stats.mean)
+        return len(self.stats.mean) if self.rows is None else self.rows.shape[1]
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -274,7 +284,7 @@ def read_features(path: Path) -> Features:
         stats = FeatureStats.from_moments(mean, covariance, count)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return Features(None, stats, protocol, f"statistics of {count} rows in {path}")
+    return Features(None, protocol, f"statistics of {count} rows in {path}", stats)
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -244,7 +244,7 @@ def test_files_of_features_and_statistics(tmp_path: Path) -> None:
     features.write_features(tmp_path / "f.safetensors", Features.of(rows, "inception", "x"))
     back = features.read_features(tmp_path / "f.safetensors")
     assert torch.equal(back.rows, rows) and back.protocol == "inception"
-    stats = Features(None, FeatureStats.of(rows), "", "x")
+    stats = Features(None, "", "x", FeatureStats.of(rows))
     features.write_features(tmp_path / "s.safetensors", stats)
     back = features.read_features(tmp_path / "s.safetensors")
     assert back.rows is None and back.count == 9
@@ -328,7 +328,7 @@ def test_what_metrics_need(tmp_path: Path, vgg: Path) -> None:
     ten, two = (Features.of(randn(n, 3), "inception", f"{n} rows") for n in (10, 2))
     other = Features.of(randn(10, 3), "vgg16", "other")
     wide = Features.of(randn(10, 4), "", "wide")
-    stats = Features(None, ten.stats, "inception", "stats")
+    stats = Features(None, "inception", "stats", ten.stats)
     row = [Row(tmp_path / "a.png")]
     for metrics, bench, line in [
         ("fid", Bench(features=ten), "fid: --reference"),
