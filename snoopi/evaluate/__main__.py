@@ -146,6 +146,16 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--seed must be from 0 to 2^63 - 1, got {options.seed}")
     if options.json and options.json.is_dir():
         raise ValueError(f"--json must be a file, got the folder {options.json}")
+    for name in ("out", "cache", "save_features"):
+        path = getattr(options, name)
+        if path and path.exists() and not path.is_dir():
+            raise ValueError(f"--{name.replace('_', '-')} must be a folder, got the file {path}")
+    for path in filter(None, (options.json, options.out, options.cache, options.save_features)):
+        above = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not os.access(above, os.W_OK) or (above != path and not above.is_dir()):
+            raise ValueError(f"cannot write {path}: {above} is no folder that can be written to")
+    if options.world and (options.pr_k != 3 or options.bgr or options.pr_features != "inception"):
+        raise ValueError("--pr-k, --pr-features and --bgr: a world's judge has its own features")
     if options.world and (options.reference or options.features or options.prompts):
         raise ValueError(
             "--world has prompts and real pictures of its own: leave --prompts, --reference and "
@@ -158,11 +168,13 @@ def _model(options: argparse.Namespace) -> Path | None:
     if options.target is None:
         if options.features is None:
             raise ValueError("expected a model folder, a folder of pictures, or --features FILE")
+        _draws_nothing(options)
         return None
     path = shipped_or_path(options.target)
     if not is_model(path):
         if not path.is_dir():
             raise ValueError(f"{path} is no model folder and no folder of pictures")
+        _draws_nothing(options)
         return None
     read_spec(path)
     if options.out is None:
@@ -170,6 +182,13 @@ def _model(options: argparse.Namespace) -> Path | None:
     if options.features:
         raise ValueError("--features are instead of a model's pictures: leave MODEL out")
     return path
+
+
+def _draws_nothing(options: argparse.Namespace) -> None:
+    """ValueError for options that only a model's pictures have."""
+    for name in ("out", "scale", "steps", "size", "dtype"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} is for a model: the pictures are there")
 
 
 def _how(options: argparse.Namespace) -> How:
@@ -190,6 +209,7 @@ def _sets(
     digest = model_digest(model)
     identity = {"model": model.resolve().name, "weights": digest, **dataclasses.asdict(how)}
     identity |= {"dtype": options.dtype or "as stored", "optimize": options.optimize}
+    identity["device"] = options.device
     found = {}
     benchmark = "hpsv2" in metrics and options.hps_prompts is not None
     if any(name in _MAIN for name in metrics) or ("hpsv2" in metrics and not benchmark):

@@ -298,7 +298,13 @@ def _clip_removal(bench: Bench) -> Result:
                 made[key] = clip_score.embed_pictures(clip, files, prepare, bench.batch)
             rates[name] = Rate.of(pairs.free(made[key], texts), len(made[key]))
         table.append({**pair._asdict(), **{name: vars(rate) for name, rate in rates.items()}})
-    figures = {}
+    figures: dict[str, Figure] = {}
+    for pair, row in zip(bench.pairs, table, strict=True):
+        alone = [p.negative for p in bench.pairs].count(pair.negative) == 1
+        label = pair.negative if alone else f"{pair.negative} ({pair.prompt})"
+        for name in ("before", "after"):
+            rate = row[name]
+            figures[f"{label} {name}"] = Figure(rate["free"], rate["n"], rate["low"], rate["high"])
     for name in ("before", "after"):
         n = sum(row[name]["n"] for row in table)
         rate = Rate.of(round(sum(row[name]["free"] * row[name]["n"] for row in table)), n)
@@ -342,10 +348,16 @@ def _world_removal(bench: WorldBench) -> Result:
 
 def _named(bench: Bench) -> Result:
     assert bench.world is not None
-    quality, _ = bench.quality()
-    figures = {"all": Figure(quality.all_right, quality.n)}
-    figures |= {name: Figure(rate, quality.n) for name, rate in quality.attributes.items()}
-    return Result(figures, f"what the prompt names is right, by the {_world(bench)}'s judge")
+    (quality, _), ruler = bench.quality(), bench.world.ruler
+    named = [ruler.world.named(prompt) for prompt in ruler.prompts]
+    counts = {"all": sum(map(bool, named))}
+    counts |= {name: sum(name in one for one in named) for name in quality.attributes}
+    figures = {}
+    for name, share in {"all": quality.all_right, **quality.attributes}.items():
+        rate = Rate.of(round(share * counts[name]), counts[name])
+        figures[name] = Figure(share, rate.n, rate.low, rate.high)
+    words = f"what the prompt names is right, by the {ruler.world.name} world's judge"
+    return Result(figures, f"{words}; Wilson 95 %")
 
 
 METRICS: dict[str, Callable[[Bench], Result]] = {
@@ -420,6 +432,7 @@ def check(metrics: Sequence[str], bench: Bench) -> None:
             if not bench.benchmark:
                 _check_texts(name, bench.rows)
             _check_clip(name, "hps", bench)
+            _check_version(bench)
         if name == "removal" and bench.world is None:
             _check_clip(name, "clip", bench)
             for pair in bench.pairs:
@@ -487,6 +500,17 @@ def _check_clip(name: str, tool: str, bench: Bench) -> None:
         raise ValueError(f"--{tool}: {bench.tools[tool]} holds {spec.arch}, not a CLIP")
 
 
+def _check_version(bench: Bench) -> None:
+    """ValueError if the folder's source is called after another version than was given."""
+    sources = str(read_tools(bench.tools["hps"])[1])
+    named = [v for v in hpsv2.VERSIONS if f"HPS_{v}_" in sources.replace("HPS_v2_", "HPS_v2.0_")]
+    if named and bench.switches.hps_version not in named:
+        raise ValueError(
+            f"hpsv2: --hps-version {bench.switches.hps_version}, but {bench.tools['hps']} was made "
+            f"of {named[0]} weights"
+        )
+
+
 # --- words ----------------------------------------------------------------------------------------
 
 
@@ -507,11 +531,6 @@ def _against(real: Features) -> dict[str, Any]:
 
 def _judge_words(features: Tensor) -> str:
     return f"{features.shape[1]} features of the world's judge"
-
-
-def _world(bench: Bench) -> str:
-    assert bench.world is not None
-    return f"{bench.world.ruler.world.name} world"
 
 
 def _arch(bench: Bench, tool: str) -> str:

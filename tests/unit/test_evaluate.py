@@ -26,7 +26,9 @@ from snoopi.evaluate.picture_sets import DrawnSet, How, Job, Row
 from snoopi.evaluate.precision_recall import precision_recall
 from snoopi.evaluate.prompts import read_prompts
 from snoopi.models.vgg import VGGConfig
+from snoopi.tokenize import Tokenizer
 from snoopi.zoo import ToolSpec
+from tests.unit.test_tools import TINY, networks
 
 SMALL = VGGConfig(channels=(4,) * 5, convs=(1,) * 5, width=6, classes=3)
 VGG = ToolSpec("small-vgg", {"network": SMALL})
@@ -353,6 +355,23 @@ def test_what_metrics_need(tmp_path: Path, vgg: Path) -> None:
     for text in ("fdi", "", "fid,,kdi"):
         with pytest.raises(ValueError, match="--metrics: expected some of fid, kid"):
             measure.names(text)
+
+
+def test_hpsv2_weights_that_say_their_version(tmp_path: Path) -> None:
+    """By the name of the file that they were converted from."""
+    clip = folders.save_tools(
+        tmp_path / "hps",
+        TINY,
+        networks(),
+        Tokenizer.words(["a"], 12),
+        {"sources": {"HPS_v2_compressed.pt": "0" * 64}},
+    )
+    row = [Row(tmp_path / "a.png", "a")]
+    given = Bench(row, tools={"hps": clip}, switches=Switches(hps_version="v2.0"))
+    measure.check(["hpsv2"], given)
+    given.switches = Switches(hps_version="v2.1")
+    with pytest.raises(ValueError, match=r"--hps-version v2\.1, but .*hps was made of v2\.0"):
+        measure.check(["hpsv2"], given)
 
 
 # --- HPSv2's means, removal's pairs ---------------------------------------------------------------
