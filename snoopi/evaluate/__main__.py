@@ -44,6 +44,7 @@ from snoopi.evaluate.picture_sets import (
     found_rows,
     is_model,
     model_digest,
+    paint,
     picture_files,
     read_rows,
     texts_digest,
@@ -118,6 +119,8 @@ def _command(options: argparse.Namespace) -> None:
             drawn = _draw(options, model, sets, bench, how)
         else:
             _say("every picture is there")
+            for wanted in sets.values() if _rank() == 0 else ():
+                wanted.start()  # there may be fewer than before
         seconds["drawing"] = time.monotonic() - started
     if _rank() == 0:
         started = time.monotonic()
@@ -206,42 +209,62 @@ def _sets(
     """What a model has to draw for the metrics: the "main" set, "hpsv2" and "removal"."""
     if model is None:
         return {}
-    digest = model_digest(model)
-    identity = {"model": model.resolve().name, "weights": digest, **dataclasses.asdict(how)}
-    identity |= {"dtype": options.dtype or "as stored", "optimize": options.optimize}
-    identity["device"] = options.device
+    identity = {
+        "model": model.resolve().name,
+        "weights": model_digest(model),
+        **dataclasses.asdict(how),
+        "negative": options.negative,
+        "dtype": options.dtype or "as stored",
+        "device": options.device,
+        "optimize": options.optimize,
+    }
     found = {}
     benchmark = "hpsv2" in metrics and options.hps_prompts is not None
     if any(name in _MAIN for name in metrics) or ("hpsv2" in metrics and not benchmark):
-        texts, source = _prompts(options)
-        if options.num is not None and options.num > len(texts):
-            raise ValueError(f"--num {options.num}: {source} has {len(texts)} prompts")
-        jobs = [
-            Job(f"{i:05d}.png", text, options.negative, i)
-            for i, text in enumerate(texts[: options.num])
-        ]
-        # A world's prompts are a function of their index: more of them are the same set.
-        digest = source if options.world else texts_digest(texts)
-        more = {"prompts": digest, "negative": options.negative}
-        found["main"] = DrawnSet(options.out, jobs, {**identity, **more})
+        found["main"] = _main_set(options, identity)
     if benchmark:
-        styles = hpsv2.read_prompts(options.hps_prompts)
-        jobs, first = [], 0
-        for style, texts in styles.items():
-            for i, text in enumerate(texts[: options.num]):
-                jobs.append(Job(f"{style}/{i:05d}.png", text, options.negative, first + i))
-            first += len(texts)
-        every = [text for texts in styles.values() for text in texts]
-        more = {"prompts": texts_digest(every), "negative": options.negative}
-        found["hpsv2"] = DrawnSet(options.out / "hpsv2", jobs, {**identity, **more})
+        found["hpsv2"] = _benchmark_set(options, identity)
     if "removal" in metrics and not options.world:
-        if how.scale is None and how.guidance == "nasa":
-            identity["scale"] = pairs.SCALE
-        jobs = pairs.jobs(pairs.read_pairs(options.pairs), options.removal_count)
-        texts = [f"{job.prompt}\n{job.negative}" for job in jobs if job.noise == 0]
-        more = {"prompts": texts_digest(texts)}
-        found["removal"] = DrawnSet(options.out / "removal", jobs, {**identity, **more})
+        found["removal"] = _removal_set(options, identity)
     return found
+
+
+def _main_set(options: argparse.Namespace, identity: Mapping[str, Any]) -> DrawnSet:
+    texts, source = _prompts(options)
+    if options.num is not None and options.num > len(texts):
+        raise ValueError(f"--num {options.num}: {source} has {len(texts)} prompts")
+    first = enumerate(texts[: options.num])
+    jobs = [Job(f"{i:05d}.png", text, options.negative, i) for i, text in first]
+    # A world's prompts are a function of their index: more of them are the same set.
+    digest = source if options.world else texts_digest(texts)
+    return DrawnSet(options.out, jobs, {**identity, "prompts": digest})
+
+
+def _benchmark_set(options: argparse.Namespace, identity: Mapping[str, Any]) -> DrawnSet:
+    """HPSv2's; --num: of each style. The noise is the prompt's place among all."""
+    styles = hpsv2.read_prompts(options.hps_prompts)
+    every = [(style, i, text) for style, texts in styles.items() for i, text in enumerate(texts)]
+    jobs = [
+        Job(f"{style}/{i:05d}.png", text, options.negative, noise)
+        for noise, (style, i, text) in enumerate(every)
+        if options.num is None or i < options.num
+    ]
+    digest = texts_digest([text for _, _, text in every])
+    return DrawnSet(options.out / "hpsv2", jobs, {**identity, "prompts": digest})
+
+
+def _removal_set(options: argparse.Namespace, identity: Mapping[str, Any]) -> DrawnSet:
+    """Before and after, at the paper's strength if nothing else is said."""
+    identity = {**identity, "negative": "each pair's"}
+    if identity["scale"] is None and identity["guidance"] == "nasa":
+        identity["scale"] = pairs.SCALE
+    jobs = pairs.jobs(_pairs(options), options.removal_count)
+    texts = [f"{job.prompt}\n{job.negative}" for job in jobs if job.noise == 0]
+    return DrawnSet(options.out / "removal", jobs, {**identity, "prompts": texts_digest(texts)})
+
+
+def _pairs(options: argparse.Namespace) -> list[pairs.Pair]:
+    return pairs.read_pairs(options.pairs or pairs.PAPER)
 
 
 def _prompts(options: argparse.Namespace) -> tuple[list[str], str]:
@@ -282,7 +305,7 @@ def _bench(
             picture_files(options.reference)
             bench.reference = options.reference
     if "removal" in metrics:
-        bench.pairs = pairs.read_pairs(options.pairs)
+        bench.pairs = _pairs(options)
     if model is not None:
         rows = {name: wanted.rows() for name, wanted in sets.items()}
         bench.rows, bench.removal = rows.get("main", []), rows.get("removal", [])
@@ -292,6 +315,9 @@ def _bench(
     if options.world:
         count = len(bench.rows) or options.removal_count
         ruler = Ruler(worlds.build(options.world), Judge.load(), count, EVALUATION_SEED)
+        asked = [row.prompt for row in bench.rows]
+        if any(a is not None and a != b for a, b in zip(asked, ruler.prompts, strict=False)):
+            raise ValueError(f"{options.target} shows other prompts than --world {options.world}'s")
         bench.world = WorldBench(ruler, None, EVALUATION_SEED, options.removal_count)
         if model is not None:
             bench.world = dataclasses.replace(bench.world, generate=_not_yet)
@@ -375,16 +401,9 @@ def _draw(
 
 def _generate(pipeline: Pipeline, how: How) -> Generate:
     """Pictures of prompts with their negatives, as removal by a world's checker asks for them."""
-    scale = list(how.scale) if isinstance(how.scale, tuple) else how.scale
 
     def generate(prompts: list[str], negatives: list[str] | None, indices: list[int]) -> Tensor:
-        z = pipeline.noise(how.seed, indices, how.size)
-
-        def noise(step: int) -> Tensor:
-            return Noise(how.seed).normal("sampler", step, indices, tuple(z.shape[1:])).to(z)
-
-        x = pipeline.pictures(prompts, z, negatives, how.guidance, scale, how.steps, noise)
-        return x.cpu()
+        return paint(pipeline, prompts, negatives, indices, how).cpu()
 
     return generate
 
@@ -597,7 +616,9 @@ def _protocol_words(add: Callable[..., Any]) -> None:
     add("--hps-prompts", type=Path, metavar="FOLDER", help="the benchmark's four .json files")
     add("--hps-antialias", choices=("on", "off"), default="on", help="off: torchvision below 0.17")
     add("--hps-jpeg", type=int, default=hpsv2.QUALITY, metavar="Q", help="JPEG pass, 0: none")
-    add("--pairs", type=Path, default=pairs.PAPER, metavar="FILE", help="removal's pairs (.jsonl)")
+    add(
+        "--pairs", type=Path, metavar="FILE", help="removal's pairs (.jsonl); None: the paper's six"
+    )
     add(
         "--removal-count",
         type=int,

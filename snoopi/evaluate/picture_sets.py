@@ -302,17 +302,27 @@ def draw(
     return drawn
 
 
-def _pixels(pipeline: Pipeline, jobs: Sequence[Job], negative: str | None, how: How) -> Any:
-    """Bytes [b h w 3]."""
-    indices = [job.noise for job in jobs]
+def paint(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    negatives: Sequence[str | None] | None,
+    indices: Sequence[int],
+    how: How,
+) -> Tensor:
+    """Pictures [b 3 H W] in [-1, 1] of prompts, from noises `indices` of the seed."""
     z = pipeline.noise(how.seed, indices, how.size)
 
     def noise(step: int) -> Tensor:
         return Noise(how.seed).normal("sampler", step, indices, tuple(z.shape[1:])).to(z)
 
     scale: Scale = list(how.scale) if isinstance(how.scale, tuple) else how.scale
-    prompts, negatives = [job.prompt for job in jobs], [negative] * len(jobs)
-    x = pipeline.pictures(prompts, z, negatives, how.guidance, scale, how.steps, noise)
+    return pipeline.pictures(prompts, z, negatives, how.guidance, scale, how.steps, noise)
+
+
+def _pixels(pipeline: Pipeline, jobs: Sequence[Job], negative: str | None, how: How) -> Any:
+    """Bytes [b h w 3]."""
+    prompts, indices = [job.prompt for job in jobs], [job.noise for job in jobs]
+    x = paint(pipeline, prompts, [negative] * len(jobs), indices, how)
     if not bool(x.isfinite().all()):
         raise ValueError(f"{jobs[0].file}: the model's pictures are not finite (--dtype fp32?)")
     return to_uint8(x)

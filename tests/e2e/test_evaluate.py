@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,9 @@ def test_a_stopped_command_goes_on(
     assert not (out / "00059.png").exists(), "it was done before it was stopped"
     assert not [name for name in pictures(out) if name.startswith(".")]
     stamps = {p: p.stat().st_mtime_ns for p in out.glob("*.png")}
+    fewer = (*WORLD[:-4], "--num", "4", "--batch", "3", "--metrics", "fid", "--out", str(out))
+    assert evaluate.main(fewer) == 0  # all four are there
+    assert len((out / "prompts.jsonl").read_text().splitlines()) == 4
     assert evaluate.main((*WORLD, *DISTANCES, "--out", str(out))) == 0  # seven of them
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
     want = pictures(drawn[0])
@@ -267,6 +271,17 @@ def test_a_picture_that_cannot_be_read_is_named(
     words = ("--metrics", "pr", "--pr-features", "vgg16", "--reference", str(real))
     assert evaluate.main((str(tmp_path), *words, "--vgg", str(tools / "vgg"))) == 2
     assert_one_line(capsys.readouterr().err.replace("measuring pr\n", ""), "2.png is no readable")
+
+
+def test_other_prompts_than_the_worlds_are_not_judged(
+    drawn: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against captions of others the judge would find everything wrong."""
+    shutil.copytree(drawn[0], tmp_path / "set")
+    path = tmp_path / "set/prompts.jsonl"
+    path.write_text("\n".join(reversed(path.read_text().splitlines())) + "\n")
+    assert evaluate.main((str(tmp_path / "set"), "--world", "shapes", *DISTANCES)) == 2
+    assert_one_line(capsys.readouterr().err, "set shows other prompts than --world shapes's")
 
 
 def test_help_names_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
