@@ -127,7 +127,7 @@ def _command(options: argparse.Namespace) -> None:
         results = measure.measure(metrics, bench, _say)
         seconds["measuring"] = time.monotonic() - started
         report = _report(options, bench, sets, drawn, results, seconds)
-        print(table(results))
+        print(f"{_headline(options, model)}\n\n{table(results)}")
         if options.json:
             write_atomically(options.json, (json.dumps(report, indent=2) + "\n").encode())
             print(f"wrote {options.json}")
@@ -318,14 +318,9 @@ def _bench(
         asked = [row.prompt for row in bench.rows]
         if any(a is not None and a != b for a, b in zip(asked, ruler.prompts, strict=False)):
             raise ValueError(f"{options.target} shows other prompts than --world {options.world}'s")
-        bench.world = WorldBench(ruler, None, EVALUATION_SEED, options.removal_count)
-        if model is not None:
-            bench.world = dataclasses.replace(bench.world, generate=_not_yet)
+        how_many = options.removal_count
+        bench.world = WorldBench(ruler, model is not None, EVALUATION_SEED, how_many)
     return bench
-
-
-def _not_yet(*_: Any) -> Tensor:
-    raise AssertionError("the model is not loaded yet")
 
 
 def _find(options: argparse.Namespace, metrics: Sequence[str], bench: Bench) -> None:
@@ -472,6 +467,18 @@ def _report(
         },
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
+
+
+def _headline(options: argparse.Namespace, model: Path | None) -> str:
+    """What was measured."""
+    if model is None:
+        return str(options.target or options.features)
+    words = [f"seed {options.seed}", f"guidance {options.guidance}"]
+    words.append(f"negative {options.negative or 'none'}")
+    for name in ("scale", "steps", "size"):
+        value = getattr(options, name)
+        words.append(f"the model's {name}" if value is None else f"{name} {value}")
+    return f"{model}: {', '.join(words)}"
 
 
 def _plain(value: Any) -> Any:

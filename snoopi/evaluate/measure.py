@@ -84,12 +84,17 @@ class Switches:
 
 @dataclass(frozen=True)
 class WorldBench:
-    """A world's own measures. ruler: of the pictures' prompts. generate: draws for removal."""
+    """A world's own measures. ruler: of the pictures' prompts.
+
+    For removal: draws: whether there is a model; generate: its pictures, once it is loaded; seed,
+    count: of the prompts, `count` an attribute.
+    """
 
     ruler: Ruler
-    generate: Generate | None = None
+    draws: bool = False
     seed: int = 0
     count: int = pairs.COUNT
+    generate: Generate | None = None
 
 
 @dataclass
@@ -438,7 +443,7 @@ def check(metrics: Sequence[str], bench: Bench) -> None:
             for pair in bench.pairs:
                 for negative in (None, pair.negative):
                     pairs.pictures(bench.removal, pair, negative)
-        if name == "removal" and bench.world and bench.world.generate is None:
+        if name == "removal" and bench.world and not bench.world.draws:
             raise ValueError("removal: a world's checker draws its own pictures: give a model")
         if name == "named" and bench.world is None:
             raise ValueError("named: only a world knows what its prompts name: --world")

@@ -98,7 +98,7 @@ def test_the_folder_measures_as_the_model_did(
     for name, metric in report["metrics"].items():
         assert found[name]["figures"] == metric["figures"]
     shown = capsys.readouterr().out
-    assert shown.startswith("metric") and f"wrote {again}" in shown
+    assert shown.startswith(f"{out}\n\nmetric") and f"wrote {again}" in shown
     assert "named: what the prompt names is right, by the shapes world's judge" in shown
 
 
