@@ -114,6 +114,8 @@ def _command(options: argparse.Namespace) -> None:
     seconds, drawn = {}, {}
     if model is not None:
         started = time.monotonic()
+        for wanted in sets.values() if _rank() == 0 else ():
+            wanted.tidy()  # no rank draws before all have met
         generates = options.world and "removal" in metrics
         if generates or any(wanted.missing() for wanted in sets.values()):
             drawn = _draw(options, model, sets, bench, how)

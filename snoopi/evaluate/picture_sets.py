@@ -252,13 +252,21 @@ class DrawnSet:
         ]
         write_atomically(self.folder / PROMPTS, "".join(lines).encode())
 
+    def tidy(self) -> None:
+        """Remove what a killed command was writing under another name. Before any rank draws."""
+        for path in list(_files(self)):
+            if path.name[0] == "." and any(
+                f"{end}." in path.name for end in (".png", ".json", ".jsonl")
+            ):
+                path.unlink()
+
     def _manifest(self) -> dict[str, Any]:
         return json.loads(json.dumps({"format": FORMAT, **self.identity}))
 
 
 def _files(drawn: DrawnSet) -> Iterator[Path]:
     """What lies where the set's pictures will."""
-    for folder in {(drawn.folder / job.file).parent for job in drawn.jobs}:
+    for folder in {drawn.folder, *((drawn.folder / job.file).parent for job in drawn.jobs)}:
         yield from folder.iterdir() if folder.is_dir() else ()
 
 

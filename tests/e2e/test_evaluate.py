@@ -114,6 +114,7 @@ def test_a_stopped_command_goes_on(
     assert command.last_line == "snoopi.evaluate: SIGTERM: stopped; the same command goes on"
     assert not (out / "00059.png").exists(), "it was done before it was stopped"
     assert not [name for name in pictures(out) if name.startswith(".")]
+    (out / ".00009.png.x1y2z3").touch()  # as SIGKILL would have left it
     stamps = {p: p.stat().st_mtime_ns for p in out.glob("*.png")}
     fewer = (*WORLD[:-4], "--num", "4", "--batch", "3", "--metrics", "fid", "--out", str(out))
     assert evaluate.main(fewer) == 0  # all four are there
@@ -121,6 +122,7 @@ def test_a_stopped_command_goes_on(
     assert evaluate.main((*WORLD, *DISTANCES, "--out", str(out))) == 0  # seven of them
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
     want = pictures(drawn[0])
+    assert not [name for name in pictures(out) if name.startswith(".")]
     assert {name: data for name, data in pictures(out).items() if name in want} == want
 
 
