@@ -247,10 +247,12 @@ def _names_and_sizes(files: Sequence[Path]) -> str:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def write_features(path: Path, features: Features, provenance: Mapping[str, str] = {}) -> Path:
+def write_features(
+    path: Path, features: Features, provenance: Mapping[str, str] | None = None
+) -> Path:
     """Write a file of features, or of statistics where there are no rows, whole or not at all."""
     metadata = {"protocol": features.protocol, "source": features.source}
-    metadata |= {"count": str(features.count), **provenance, "format": FORMAT}
+    metadata |= {"count": str(features.count), **(provenance or {}), "format": FORMAT}
     if features.rows is None:
         stats = features.stats
         tensors = {"mean": stats.mean, "covariance": stats.covariance}
