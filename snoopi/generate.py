@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import torch
 
+from snoopi import arguments
 from snoopi.folders import shipped_or_path
 from snoopi.pictures import save_png
 from snoopi.pipeline import MODES, Pipeline, load
@@ -47,7 +48,7 @@ def _generate(options: argparse.Namespace) -> None:
         raise ValueError(f"--out must be a file, got the folder {options.out}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no CUDA device")
-    size = _size(options.size)
+    size = arguments.size(options.size)
     check_tile(options.tile)
     pipeline = load(
         shipped_or_path(options.model),
@@ -99,26 +100,6 @@ def _names(out: Path, num: int) -> list[Path]:
     return [out] if num == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(num)]
 
 
-def _scale(text: str) -> float | list[float]:
-    """A number, or several with commas between."""
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        expected = "a number, or one per step as in 0.5,0.5,0,0"
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
-    return numbers if "," in text else numbers[0]
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    """HxW as (height, width)."""
-    if text is None:
-        return None
-    height, cross, width = text.lower().partition("x")
-    if not (cross and height.isdigit() and width.isdigit()):
-        raise ValueError(f"--size must be HxW in pixels, for example 512x512, got {text!r}")
-    return int(height), int(width)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = errors.Parser(
         prog="snoopi.generate",
@@ -132,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--guidance", choices=MODES, default="nasa", help="how the negative is used")
     add(
         "--scale",
-        type=_scale,
+        type=arguments.scale,
         metavar="S[,S...]",
         help="strength of the guidance, or one per step; None: the model's default",
     )

@@ -30,6 +30,26 @@ class FeatureStats:
         stats.update(features)
         return stats
 
+    @classmethod
+    def from_moments(cls, mean: Tensor, covariance: Tensor, count: int) -> FeatureStats:
+        """The statistics of `count` rows with that mean [d] and unbiased covariance [d d].
+
+        Raises ValueError for other shapes, values that are not finite, or fewer than two rows.
+        """
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(
+                f"mean [d] and covariance [d d] expected, "
+                f"got {list(mean.shape)} and {list(covariance.shape)}"
+            )
+        if count < 2:
+            raise ValueError(f"a covariance needs 2 rows of features or more, got {count}")
+        if not bool(mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError("mean and covariance must be finite, got NaN or infinite values")
+        stats = cls(len(mean))
+        stats.count, stats.mean = count, mean.double()
+        stats._scatter = covariance.double() * (count - 1)
+        return stats
+
     def update(self, features: Tensor) -> None:
         """Add rows [n d]. Raises ValueError for another width or values that are not finite."""
         width = len(self.mean)

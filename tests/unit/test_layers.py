@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = (
-    {"ops", "noise", "errors", "memory", "tiles", "graphs"},
+    {"ops", "noise", "errors", "arguments", "memory", "tiles", "graphs"},
     {"guidance", "lora", "schedule", "pictures", "preprocess", "plots"},
     {"conditioning", "page"},
     {"layers", "texts"},
@@ -23,7 +23,7 @@ LAYERS = (
     {"folders", "optimize"},
     {"pipeline", "methods", "worlds", "textcache"},
     {"evaluate", "report", "parallel", "data", "runstate", "runlog", "config", "health"},
-    {"trainers", "final", "plan", "reproduce"},
+    {"trainers", "final", "plan", "reproduce", "evaluate.prompts"},
     {"distiller"},
     {"train", "generate", "evaluate.__main__", "reproduce.__main__", "selftest"},
 )
