@@ -38,7 +38,8 @@ test: build $(STAMPS)/test ## Run the tests (all but gpu, slow and parity)
 
 # Processors that torch's own switches can make of this one. AMX runs on plain code in its place.
 # Left out: what is the same on all of them, and what goes through them by itself.
-ISA_TESTS := tests/kernels --ignore tests/kernels/test_formulas.py --ignore tests/kernels/test_capabilities.py
+ISA_TESTS := tests/kernels --ignore tests/kernels/test_formulas.py --ignore tests/kernels/test_capabilities.py \
+             --ignore tests/kernels/simt
 # torch's attention asks for AVX-512 where oneDNN may use AMX, whatever its own vectors are.
 ISAS := ATEN_CPU_CAPABILITY=default,ONEDNN_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=AVX512_CORE \
         ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16
