@@ -172,7 +172,8 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Records:
 
 
 def test_every_arm_has_a_recipe_and_every_claim_its_arms(full: Records) -> None:
-    check(WORLDS["shapes"], "shapes", full)
+    for world, names in WORLDS.items():
+        check(names, world, full)
     for name in WORLDS["shapes"]:
         for table in EXPERIMENTS[name].tables("shapes", full):
             for claim in table.claims:
