@@ -27,7 +27,7 @@ TEXTS = 2  # a positive and a negative one
 
 
 class Shape(NamedTuple):
-    """One cross-attention of a real model at batch 1: query tokens, heads, head dim, text tokens."""
+    """One cross-attention of a model at batch 1: query tokens, heads, head dim, text tokens."""
 
     name: str
     m: int
@@ -150,44 +150,63 @@ def machine_code() -> str | None:
 
 
 def bounds_table() -> list[str]:
-    lines = ["| shape | attention GF | projection GF | MB | FLOP/B |", "|---|---|---|---|---|"]
-    lines[0] = lines[0][:-1] + "".join(f" {x.name} us: matrix / memory / exp |" for x in DEVICES)
-    lines[1] += "---|" * len(DEVICES)
+    times = [f"{x.name} us: attention, then projection" for x in DEVICES]
+    lines = [
+        _row("shape", "attention GF", "MB", "projection GF", "MB", *times),
+        _row(*["---"] * (5 + len(DEVICES))),
+    ]
     for s in SHAPES:
         flops, size = s.attention_flops(), s.attention_bytes()
-        row = f"| {s.name} m={s.m} h={s.h} d={s.d} n={s.n} | {flops / 1e9:.2f} "
-        row += f"| {s.projection_flops() / 1e9:.2f} | {size / 1e6:.1f} | {flops / size:.0f} |"
-        for device in DEVICES:
-            times = (device.matrix_us(flops), device.memory_us(size))
-            row += f" {times[0]:.1f} / {times[1]:.1f} / "
-            row += f"{device.exponential_us(s.exponentials()):.1f} |"
-        lines.append(row)
+        more_flops, more_size = s.projection_flops(), s.projection_bytes()
+        times = []
+        for x in DEVICES:
+            attention = (x.matrix_us(flops), x.memory_us(size), x.exponential_us(s.exponentials()))
+            projection = (x.matrix_us(more_flops), x.memory_us(more_size))
+            parts = (" / ".join(f"{t:.1f}" for t in part) for part in (attention, projection))
+            times.append(", ".join(parts))
+        name = f"{s.name}: m={s.m} h={s.h} d={s.d} n={s.n}"
+        sizes = (flops / 1e9, size / 1e6, more_flops / 1e9, more_size / 1e6)
+        lines.append(_row(name, *(f"{x:.2f}" for x in sizes), *times))
     return lines
 
 
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def instructions_table(sass: str) -> list[str]:
-    head = "| shape | keys of a tile | instructions of a tile | HMMA | MUFU | LDSM |"
-    lines = [head + "".join(f" {x.name} us: issue | HMMA |" for x in DEVICES)]
-    lines.append("|---" * (6 + 2 * len(DEVICES)) + "|")
+    times = [f"{x.name} us: issue / HMMA" for x in DEVICES]
+    lines = [
+        _row("shape", "keys of a tile", "instructions", "HMMA", "MUFU", "LDSM", *times),
+        _row(*["---"] * (6 + len(DEVICES))),
+    ]
     for s in SHAPES:
         count = loop_instructions(sass, s.d, s.key_tile)
-        row = f"| {s.name} | {s.key_tile} | {count.total()} | {count['HMMA']} | {count['MUFU']} "
-        row += f"| {count['LDSM']} |"
-        for device in DEVICES:
-            issue = device.issue_us(s.warp_tiles() * count.total())
-            # m16n8k16 is 4096 FLOPs, of which padding is a part.
-            products = device.matrix_us(s.warp_tiles() * count["HMMA"] * 4096)
-            row += f" {issue:.1f} | {products:.1f} |"
-        lines.append(row)
+        times = []
+        for x in DEVICES:
+            issue = x.issue_us(s.warp_tiles() * count.total())
+            # m16n8k16 is 4096 FLOPs, some of them on padding.
+            times.append(f"{issue:.1f} / {x.matrix_us(s.warp_tiles() * count['HMMA'] * 4096):.1f}")
+        numbers = (s.key_tile, count.total(), count["HMMA"], count["MUFU"], count["LDSM"])
+        lines.append(_row(s.name, *map(str, numbers), *times))
     return lines
 
 
 def report(sass: str | None) -> str:
     """Both tables, the second only with machine code."""
-    lines = ["Attention of both texts, 16 bits, batch 1. Estimates, not measurements.", ""]
+    lines = [
+        "ESTIMATES, 16 bits, batch 1: the time that matrix products / memory / exponentials would",
+        "take alone at the data sheet's rates.",
+        "",
+    ]
     lines += bounds_table()
     if sass is not None:
-        lines += ["", "The loop over tiles of keys, sm_80, by warp of 16 rows. Estimates.", ""]
+        lines += [
+            "",
+            "ESTIMATES: instructions of a warp (16 rows) for a tile of keys in the machine code of",
+            "sm_80, and the time to issue them all, or only the products, at full occupancy.",
+            "",
+        ]
         lines += instructions_table(sass)
     return "\n".join(lines) + "\n"
 

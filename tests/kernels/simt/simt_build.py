@@ -78,7 +78,8 @@ def build(*flags: str) -> ModuleType:
         objects = [future.result() for future in made]
     name = f"snoopi_simt{sysconfig.get_config_var('EXT_SUFFIX')}"
     path = cached(name, [gxx, "-shared", *map(str, objects)], objects)
-    spec = importlib.util.spec_from_file_location("snoopi_simt", path)
+    # Several builds can be loaded, but pybind11 keeps modules by their full name.
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}.snoopi_simt", path)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
