@@ -38,19 +38,27 @@ struct Cursor {
 };
 
 // Starts the copy of kNumRows rows of `kColumns` elements, of which kLive are the tensor's; what is
-// behind them and behind row `count` becomes zero.
+// behind them and behind row `count` becomes zero. Eight threads serve a row: some idle where rows
+// are no multiple of 128 bytes, but addresses need no division and few registers.
 template <typename S, int kNumRows, int kColumns, int kLive>
 SIMT_DEVICE void copy_rows(int to, int row_size, const typename S::T* from, int stride, int count,
                            const Place& at) {
-  constexpr int kChunks = kColumns / 8;
-  SIMT_UNROLL
-  for (int i = 0; i < (kNumRows * kChunks + S::kThreads - 1) / S::kThreads; ++i) {
-    const int chunk = at.thread + i * S::kThreads;
-    const int row = chunk / kChunks, column = chunk % kChunks * 8;
-    if (kNumRows * kChunks % S::kThreads != 0 && row >= kNumRows) break;
-    if (fault(6) && row >= count) break;
-    const bool live = row < count && (column < kLive || fault(9));
-    copy_async16(to + row * row_size + column * 2, from + row * stride + column, live);
+  constexpr int kAtOnce = S::kThreads / 8;
+  [[maybe_unused]] constexpr int kUnroll =
+      S::kNarrow ? 8 : 1;  // wide heads have no registers to spare
+  const int first = at.thread / 8;
+  SIMT_UNROLL_BY(kUnroll)
+  for (int j = 0; j < kColumns; j += 64) {
+    const int column = j + at.thread % 8 * 8;
+    if (column >= kColumns) break;
+    SIMT_UNROLL_BY(kUnroll)
+    for (int i = 0; i < kNumRows; i += kAtOnce) {
+      const int row = first + i;
+      if (kNumRows % kAtOnce != 0 && row >= kNumRows) break;
+      if (fault(6) && row >= count) break;
+      const bool live = row < count && (column < kLive || fault(9));
+      copy_async16(to + row * row_size + column * 2, from + row * stride + column, live);
+    }
   }
 }
 
@@ -79,15 +87,17 @@ SIMT_DEVICE void copy_tile(const NasaParams& p, const Tile& tile, const Cursor<S
                                        at);
   copy_rows<S, S::KT, S::D, S::D>(to + S::kValuesAt, S::kValueRow, v,
                                   static_cast<int>(text.v_stride[1]), left, at);
-  const float infinity = INFINITY;
-  if (fault(14)) copy_async16(to, k + *reinterpret_cast<const uint16_t*>(v - 1), false);
-  for (int key = at.thread; key < S::KT; key += S::kThreads) {
-    bool live = key < left || fault(3);
-    if (text.mask != nullptr && key < left) {
-      live = load_global(text.mask + tile.batch * text.mask_stride + cursor.key + key) != 0;
-    }
-    store_shared(to + S::kLimitsAt + 4 * key, live ? infinity : -infinity);
-  }
+  if (fault(14) && v[left * text.v_stride[1]].bits == 0) return;  // for an address sanitizer
+  static_assert(S::KT <= 2 * S::kThreads, "one round");
+  const int key = 2 * at.thread;
+  if (key >= S::KT) return;
+  const uint8_t* mask = text.mask;
+  if (mask != nullptr) mask += tile.batch * text.mask_stride + cursor.key;
+  const auto most = [&](int i) {
+    const bool live = i < left ? mask == nullptr || load_global(mask + i) != 0 : fault(3);
+    return live ? INFINITY : -INFINITY;
+  };
+  store_shared(to + S::kLimitsAt + 4 * key, Float2{most(key), most(key + 1)});
 }
 
 // A warp's queries as left factors.
@@ -198,7 +208,7 @@ struct Softmax {
 
   // A text without a live key counts for nothing. A sum that is NaN stays one.
   SIMT_DEVICE float over_sum(float weight, int r) const {
-    return sum[r] == 0.0f ? 0.0f : weight / sum[r];
+    return sum[r] == 0.0f ? 0.0f : weight * reciprocal_fast(sum[r]);
   }
   SIMT_DEVICE float lse(float scale_log2, int r) const {
     return sum[r] == 0.0f ? -INFINITY : (most[r] * scale_log2 + log2_fast(sum[r])) * kLn2;
@@ -251,7 +261,7 @@ SIMT_DEVICE void put_rows(const float (&z)[S::kValueTiles][4], int to, int row_s
   typedef typename S::T T;
   const int from = to + at.group * row_size + 4 * at.pair;
   SIMT_UNROLL
-  for (int i = 0; i < S::kValueTiles; ++i) {
+  for (int i = 0; i < S::kValueTiles + (fault(15) ? 1 : 0); ++i) {
     store_shared(from + 16 * i, pack2<T>(z[i][0], z[i][1]));
     store_shared(from + 16 * i + 8 * row_size, pack2<T>(z[i][2], z[i][3]));
   }
@@ -260,21 +270,22 @@ SIMT_DEVICE void put_rows(const float (&z)[S::kValueTiles][4], int to, int row_s
 // A warp's result to out [b m h d], by way of the queries' rows so that lanes store whole 16 bytes.
 template <typename S>
 SIMT_DEVICE void store_rows(const NasaParams& p, const Tile& tile, void* out,
-                            const float (&z)[S::kValueTiles][4], const Place& at) {
+                            const float (&z)[S::kValueTiles][4], const Place& where) {
   typedef typename S::T T;
+  const Place at = where.again();
   const int buffer = kWarpRows * at.warp * S::kQueryRow;
   warp_sync();  // the rows have been read by all lanes
   put_rows<S>(z, buffer, S::kQueryRow, at);
   warp_sync();
-  const int64_t rows = p.m * static_cast<int64_t>(tile.batch) + tile.first + kWarpRows * at.warp;
-  T* to = static_cast<T*>(out) + (rows * p.h + tile.head) * S::D;
+  const int64_t first = tile.row_of_all(p, kWarpRows * at.warp);
+  T* to = static_cast<T*>(out) + (first * p.h + tile.head) * S::D;
   // Eight lanes serve a row, so that they touch all banks once.
   SIMT_UNROLL
-  for (int i = 0; i < kWarpRows / 4; ++i) {
-    const int row = 4 * i + at.lane / 8;
+  for (int j = 0; j < S::D / 8; j += 8) {
+    const int chunk = j + at.lane % 8;
     SIMT_UNROLL
-    for (int j = 0; j < S::D / 8; j += 8) {
-      const int chunk = j + at.lane % 8;
+    for (int i = 0; i < kWarpRows / 4; ++i) {
+      const int row = 4 * i + at.lane / 8;
       if (chunk >= S::D / 8 || (kWarpRows * at.warp + row >= tile.count && !fault(17))) continue;
       const Bytes16 x = load_shared<Bytes16>(buffer + row * S::kQueryRow + 16 * chunk);
       store_global(reinterpret_cast<Bytes16*>(to + row * p.h * S::D + 8 * chunk), x);
@@ -284,36 +295,31 @@ SIMT_DEVICE void store_rows(const NasaParams& p, const Tile& tile, void* out,
 
 template <typename S>
 SIMT_DEVICE void store_lse(const NasaParams& p, const Tile& tile, float* out,
-                           const Softmax<S>& softmax, float scale_log2, const Place& at) {
+                           const Softmax<S>& softmax, float scale_log2, const Place& where) {
+  const Place at = where.again();
   SIMT_UNROLL
   for (int r = 0; r < 2; ++r) {
     const int row = kWarpRows * at.warp + at.group + 8 * r;
     if (at.pair != 0 || row >= tile.count) continue;
-    const int64_t rows = p.m * static_cast<int64_t>(tile.batch) + tile.first + row;
-    store_global(out + rows * p.h + tile.head, softmax.lse(scale_log2, r));
+    store_global(out + tile.row_of_all(p, row) * p.h + tile.head, softmax.lse(scale_log2, r));
   }
 }
 
 // Weights of a lane's two rows for a text: 1, -a, a; in a twin call 1.
-SIMT_DEVICE void text_weight(const NasaParams& p, int text, const float (&strength)[2],
+SIMT_DEVICE void text_weight(const NasaParams& p, const Tile& tile, int text, const Place& where,
                              float (&weight)[2]) {
+  const Place at = where.again();
   SIMT_UNROLL
   for (int r = 0; r < 2; ++r) {
-    weight[r] = text == 0 || p.twin ? 1.0f : text == 1 ? -strength[r] : strength[r];
-  }
-}
-
-SIMT_DEVICE void load_strength(const NasaParams& p, const Tile& tile, const Place& at,
-                               float (&strength)[2]) {
-  SIMT_UNROLL
-  for (int r = 0; r < 2; ++r) {
+    weight[r] = 1.0f;
+    if (text == 0 || p.twin) continue;
+    weight[r] = p.nasa_scale;
     const int row = kWarpRows * at.warp + at.group + 8 * r;
-    strength[r] = p.nasa_scale;
-    if (p.strength == nullptr) continue;
-    strength[r] = 0.0f;  // rows past the last are not stored
-    if (row >= tile.count && !fault(18)) continue;
-    strength[r] = load_global(p.strength + tile.batch * p.strength_stride[0] +
+    if (p.strength != nullptr && (row < tile.count || fault(18))) {  // others are not stored
+      weight[r] = load_global(p.strength + tile.batch * p.strength_stride[0] +
                               (tile.first + row) * p.strength_stride[1]);
+    }
+    weight[r] = text == 1 ? -weight[r] : weight[r];
   }
 }
 
@@ -332,10 +338,11 @@ SIMT_DEVICE void attend(const NasaParams& p, const Tile& tile, const Place& at,
     }
     copy_commit();  // maybe of nothing: the wait counts groups
   }
-  float strength[2];
-  load_strength(p, tile, at, strength);
   const float scale_log2 = p.softmax_scale * kLog2E;
+  copy_wait<S::kStages - 1>();
+  block_sync();
   Queries<S> queries;
+  if constexpr (!S::kReload) queries.load(at);
   Softmax<S> softmax;
   softmax.reset();
   float part[S::kSingle ? 1 : S::kValueTiles][4];  // of the text that is on, if it has many tiles
@@ -344,15 +351,15 @@ SIMT_DEVICE void attend(const NasaParams& p, const Tile& tile, const Place& at,
   for (int stage = 0; !now.done(p); stage = stage + 1 < S::kStages ? stage + 1 : 0) {
     copy_wait<S::kStages - 1 + (fault(2) ? 1 : 0)>();
     if (!fault(1) && !(fault(11) && at.warp == 0)) block_sync();
-    if (now.text == 0 && now.key == 0) queries.load(at);
+    if constexpr (S::kReload) queries.load(at);
     const int tile_at = S::kQueryBytes + stage * S::kStageBytes;
     float s[S::kKeyTiles][4], shrink[2], weight[2];
     logits<S>(s, queries, tile_at, at);
     limit<S>(s, tile_at + S::kLimitsAt, p.texts[now.text].mask != nullptr, now.left(p), at);
     softmax.take(s, scale_log2, shrink);
-    text_weight(p, now.text, strength, weight);
     const bool last = now.last_of_text(p);
     if constexpr (S::kSingle) {
+      text_weight(p, tile, now.text, at, weight);
       softmax.finish();
       const float by[2] = {softmax.over_sum(weight[0], 0), softmax.over_sum(weight[1], 1)};
       add_values<S>(z, s, by, tile_at + S::kValuesAt, at);
@@ -365,6 +372,7 @@ SIMT_DEVICE void attend(const NasaParams& p, const Tile& tile, const Place& at,
       const float by[2] = {1.0f, 1.0f};
       add_values<S>(part, s, by, tile_at + S::kValuesAt, at);
       if (last) {
+        text_weight(p, tile, now.text, at, weight);
         softmax.finish();
         SIMT_UNROLL
         for (int r = 0; r < 2; ++r) {
@@ -391,7 +399,7 @@ SIMT_DEVICE void attend(const NasaParams& p, const Tile& tile, const Place& at,
     now.next(p);
     if (!ahead.done(p)) {
       if (!fault(8)) block_sync();  // nobody reads this stage any more
-      copy_tile<S>(p, tile, ahead, stage, at);
+      copy_tile<S>(p, tile, ahead, stage, at.again());
       ahead.next(p);
     }
     copy_commit();

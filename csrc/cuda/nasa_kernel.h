@@ -12,7 +12,7 @@ inline namespace SIMT_BACKEND {
 
 template <typename S>
 struct NasaKernel {
-  static constexpr int kThreads = S::kThreads;
+  static constexpr int kThreads = S::kThreads, kMinBlocks = S::kMinBlocks;
 
   static Grid grid(const NasaParams& p) {
     const unsigned tiles = static_cast<unsigned>((p.m + S::kRows - 1) / S::kRows);
@@ -33,11 +33,11 @@ struct NasaKernel {
     } else {
       Tile tile = {block_y(), 0, first, count};
       const int depth = static_cast<int>(p.h) * S::D, row_size = projected_row(depth);
-      const int rows = S::kProjectedAt + kWarpRows * at.warp * row_size;
       clear_padding<S>(depth, at);
       for (; tile.head < p.h; ++tile.head) {
         attend<S>(p, tile, at, z);
-        put_rows<S>(z, rows + tile.head * S::D * 2, row_size, at);
+        const int row = kWarpRows * opaque(at.warp);
+        put_rows<S>(z, S::kProjectedAt + row * row_size + tile.head * S::D * 2, row_size, at);
         block_sync();  // the next head's queries, or w_out, take the place of this one's tiles
       }
       project<S>(p, tile, at);

@@ -15,8 +15,8 @@
 namespace snoopi {
 inline namespace SIMT_BACKEND {
 
-constexpr int kSingleTile = 80;  // 77 tokens of CLIP
-constexpr int kManyTile = 64;
+constexpr int kSingleTile = 80;                    // 77 tokens of CLIP
+constexpr int kManyTile = 64, kManyTileWide = 48;  // less for 160 wide heads: registers
 constexpr int64_t kManyRows = 1024;  // more queries than this: blocks of twice the rows
 
 SIMT_HD constexpr bool compiled_dim(int d) { return NASA_ONLY_DIM == 0 || NASA_ONLY_DIM == d; }
@@ -74,16 +74,21 @@ inline bool one_tile_each(const NasaParams& p) {
 // until one returns something else than kNoSharedMemory.
 template <typename T, int D, bool kSingle, typename Visit>
 int visit_shapes(const NasaParams& p, const Visit& visit) {
-  constexpr int KT = kSingle ? kSingleTile : kManyTile;
-  if (p.w_out != nullptr) {  // 160 wide heads: fewer rows, or A100's shared memory is too small
-    typedef Shape<T, D, KT, D == 160 ? 2 : 4, 2, kSingle, true> S;
+  constexpr int kMany = D == 160 ? kManyTileWide : kManyTile;
+  constexpr int KT = kSingle ? kSingleTile : kMany;
+  if (p.w_out != nullptr) {
+    // 160 wide heads: fewer rows, or A100's shared memory is too small; and fewer keys.
+    typedef Shape<T, D, D == 160 && !kSingle ? 32 : KT, D == 160 ? 2 : 4, 2, kSingle, true> S;
     return visit.template instance<NasaKernel<S>, S>();
   }
-  if constexpr (D == 160) {  // one block fills a multiprocessor, or half of one with less memory
+  if constexpr (D == 160) {
     typedef Shape<T, D, KT, 4, 2, kSingle, false> Large;
-    typedef Shape<T, D, KT, 2, 1, kSingle, false> Small;
     const int error = visit.template instance<NasaKernel<Large>, Large>();
-    return error != kNoSharedMemory ? error : visit.template instance<NasaKernel<Small>, Small>();
+    if constexpr (kSingle) {  // devices with 99 KiB (sm_86, sm_89) have no room for two stages
+      typedef Shape<T, D, KT, 2, 1, kSingle, false> Small;
+      if (error == kNoSharedMemory) return visit.template instance<NasaKernel<Small>, Small>();
+    }
+    return error;
   } else {
     typedef Shape<T, D, KT, 8, 2, kSingle, false> Large;  // halves what is read of the texts
     typedef Shape<T, D, KT, 4, 2, kSingle, false> Small;  // twice the blocks

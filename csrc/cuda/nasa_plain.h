@@ -29,7 +29,7 @@ struct PlainShape {
 template <int D>
 struct PlainKernel {
   typedef PlainShape<D> S;
-  static constexpr int kThreads = S::kThreads;
+  static constexpr int kThreads = S::kThreads, kMinBlocks = 1;
 
   static Grid grid(const NasaParams& p) {
     return {static_cast<unsigned>((p.m + S::kRows - 1) / S::kRows), static_cast<unsigned>(p.h),
@@ -188,7 +188,7 @@ struct PlainKernel {
         }
         weight = text == 1 ? -weight : weight;
       }
-      const float by = sum[i] == 0.0f ? 0.0f : weight / sum[i];
+      const float by = sum[i] == 0.0f ? 0.0f : weight * reciprocal_fast(sum[i]);
       SIMT_UNROLL
       for (int j = 0; j < S::kShare; ++j) {
         SIMT_UNROLL

@@ -23,8 +23,9 @@ SIMT_DEVICE void clear_padding(int depth, const Place& at) {
 // `run`.
 template <typename S>
 SIMT_DEVICE void copy_weights(const NasaParams& p, int depth, int column, int run, int stage,
-                              const Place& at) {
+                              const Place& where) {
   typedef typename S::T T;
+  const Place at = where.again();
   constexpr int kChunks = S::kRun / 8;
   const int to = S::kQueryBytes + stage * S::kWeightBytes;
   const T* from = static_cast<const T*>(p.w_out) + static_cast<int64_t>(column) * depth + run;
@@ -62,11 +63,11 @@ SIMT_DEVICE void multiply_weights(float (&sum)[S::kColumns / 8][4], int depth, i
 
 template <typename S>
 SIMT_DEVICE void store_columns(const NasaParams& p, const Tile& tile, int column,
-                               const float (&sum)[S::kColumns / 8][4], const Place& at) {
+                               const float (&sum)[S::kColumns / 8][4], const Place& where) {
   typedef typename S::T T;
+  const Place at = where.again();
   const int c_out = static_cast<int>(p.c_out);
-  T* out =
-      static_cast<T*>(p.out[0]) + (p.m * static_cast<int64_t>(tile.batch) + tile.first) * p.c_out;
+  T* out = static_cast<T*>(p.out[0]) + tile.row_of_all(p, 0) * p.c_out;
   SIMT_UNROLL
   for (int j = 0; j < S::kColumns / 8; ++j) {
     const int c = column + 8 * j + 2 * at.pair;

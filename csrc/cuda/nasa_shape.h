@@ -41,7 +41,12 @@ struct Shape {
   static constexpr bool kSingle = kSingle_, kProject = kProject_;
   static_assert(D % 8 == 0 && KT % 16 == 0, "whole matrices of 8 x 8");
 
+  static constexpr bool kNarrow = D <= 80;
   static constexpr int kThreads = 32 * kWarps;
+  // Of a multiprocessor: 16 warps of 128 registers, where that is enough without spilling.
+  static constexpr int kMinBlocks = D == 40 && !kProject ? 16 / kWarps : 1;
+  // The queries of every tile anew, where keeping them would spill.
+  static constexpr bool kReload = kProject && !kSingle && !kNarrow;
   static constexpr int kRows = kWarpRows * kWarps;
   static constexpr int kDepth = round_up(D, 16);  // of q k^T, whole products
   static constexpr int kSteps = kDepth / 16;      // products along it
@@ -75,15 +80,22 @@ struct Shape {
 struct Place {
   int thread, warp, lane;
   int group, pair;  // lane / 4, lane % 4: its row and pair of columns in a product's result
-  SIMT_DEVICE static Place here() {
-    const int thread = thread_index(), lane = thread % 32;
+  SIMT_DEVICE static Place here() { return of(thread_index()); }
+  SIMT_DEVICE static Place of(int thread) {
+    const int lane = thread % 32;
     return {thread, thread / 32, lane, lane / 4, lane % 4};
   }
+  // For what is done rarely in a loop: see `opaque`.
+  SIMT_DEVICE Place again() const { return of(opaque(thread)); }
 };
 
 // The rows [first, first + count) of one batch item and head that a block attends for.
 struct Tile {
   int batch, head, first, count;
+  // The index of a row among all of [b m].
+  SIMT_DEVICE int64_t row_of_all(const NasaParams& p, int row) const {
+    return p.m * static_cast<int64_t>(opaque(batch)) + opaque(first) + row;
+  }
 };
 
 }  // namespace SIMT_BACKEND

@@ -15,6 +15,13 @@ SIMT_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
 SIMT_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
 SIMT_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
 
+// x itself, of which the compiler knows nothing. What depends on it is computed where it stands,
+// not before the loop around it, where it would hold registers.
+SIMT_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 SIMT_DEVICE void block_sync() { __syncthreads(); }
 SIMT_DEVICE void warp_sync() { __syncwarp(); }
 SIMT_DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }
@@ -112,6 +119,12 @@ SIMT_DEVICE float log2_fast(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// 1 / x, off by at most a unit in the last place; a division would be a call.
+SIMT_DEVICE float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // Two floats rounded to T, the first in the low half.
 template <typename T>
@@ -132,7 +145,8 @@ SIMT_DEVICE float widen(Half x) { return __half2float(__ushort_as_half(x.bits));
 SIMT_DEVICE float widen(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 
 template <typename Kernel, typename Params>
-__global__ void __launch_bounds__(Kernel::kThreads) kernel_entry(const Params params) {
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
+    kernel_entry(const Params params) {
   Kernel::run(params);
 }
 

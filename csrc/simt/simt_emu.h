@@ -27,6 +27,8 @@ inline int block_x() { return machine.block[0]; }
 inline int block_y() { return machine.block[1]; }
 inline int block_z() { return machine.block[2]; }
 
+inline int opaque(int x) { return x; }
+
 inline void block_sync(Site site = Site::here()) { machine.meet_block(site); }
 inline void warp_sync(Site site = Site::here()) {
   machine.meet_warp(Meeting::kWarpSync, site, nullptr, nullptr);
@@ -211,6 +213,7 @@ void multiply_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
 inline float flush(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }
 inline float exp2_fast(float x) { return flush(exp2f(x)); }
 inline float log2_fast(float x) { return log2f(flush(x)); }
+inline float reciprocal_fast(float x) { return flush(1.0f / flush(x)); }
 
 template <typename T>
 uint32_t pack2(float low, float high) {

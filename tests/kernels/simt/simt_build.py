@@ -52,22 +52,34 @@ def cached(name: str, command: Sequence[str], inputs: Sequence[Path]) -> Path:
     return target
 
 
-def sources() -> list[Path]:
-    return sorted(path for folder in (CUDA, SIMT) for path in folder.iterdir() if path.is_file())
+def sources(kernels: bool) -> list[Path]:
+    """What the kernels' part of the module is made of, or the rest."""
+    paths = [path for folder in (CUDA, SIMT) for path in sorted(folder.iterdir()) if path.is_file()]
+    if kernels:
+        return [path for path in paths if path.name != "module.cpp"]
+    return [path for path in paths if path.parent == SIMT or path.name in _RESTS_ON]
+
+
+_RESTS_ON = ("simt.h", "nasa_params.h")  # of csrc/cuda
 
 
 def build(*flags: str) -> ModuleType:
     """The Python module; `flags` are for the kernels' part of it (-DNASA_FAULT=1)."""
-    gxx, texts = compiler(), sources()
+    gxx = compiler()
     commands = {
         "module.o": [gxx, *FLAGS, *includes(), "-c", str(SIMT / "module.cpp")],
         "nasa_emu.o": [gxx, *FLAGS, *flags, "-c", str(SIMT / "nasa_emu.cpp")],
     }
     with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(lambda item: cached(*item, texts), commands.items()))
+        made = [
+            pool.submit(cached, name, command, sources(kernels=name == "nasa_emu.o"))
+            for name, command in commands.items()
+        ]
+        objects = [future.result() for future in made]
     name = f"snoopi_simt{sysconfig.get_config_var('EXT_SUFFIX')}"
     path = cached(name, [gxx, "-shared", *map(str, objects)], objects)
-    spec = importlib.util.spec_from_file_location("snoopi_simt", path)
+    # Several builds can be loaded, but pybind11 keeps modules by their full name.
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}.snoopi_simt", path)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
