@@ -77,6 +77,10 @@ MANY_ROWS = [
     Call(d=64, n=81, n_neg=20, b=1, m=1025, h=1, mask="random"),
     Call(d=80, n=16, b=1, m=1151, h=1, strength=True),
 ]
+LAYERS = [
+    Call(d=80, n=77, b=1, m=1024, h=8),  # Stable Diffusion 1.5, 32 x 32
+    Call(d=72, n=120, b=1, m=1024, h=16, mask="random"),  # PixArt, 512 pixels
+]
 WIDE_LOGITS = [
     Call(d=40, n=77, spread=40.0),
     Call(d=64, n=154, spread=40.0, mask="random"),

@@ -12,6 +12,7 @@ from simt_cases import (
     DTYPES,
     FLOOR,
     HEAD_DIMS,
+    LAYERS,
     MANY_ROWS,
     PROJECTED,
     WIDE_LOGITS,
@@ -39,7 +40,7 @@ ids = DTYPES.__getitem__
 
 def calls_of(d: int, dtype: torch.dtype) -> list[Call]:
     """fp32 has one instance for all lengths and takes most of the time."""
-    return grid(d)[:: 2 if dtype == torch.float32 else 1]
+    return grid(d)[:: 3 if dtype == torch.float32 else 1]
 
 
 @cache
@@ -77,6 +78,11 @@ def test_projection(simt: ModuleType, call: Call, dtype: torch.dtype) -> None:
 def test_many_rows_and_wide_logits(simt: ModuleType, call: Call) -> None:
     for dtype in DTYPES:
         check(simt, call, dtype)
+
+
+@pytest.mark.parametrize("call", LAYERS, ids=str)
+def test_layers_of_real_models(simt: ModuleType, call: Call) -> None:
+    check(simt, call, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
