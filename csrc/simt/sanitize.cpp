@@ -5,8 +5,7 @@
 
 #include <vector>
 
-#include "convert.h"
-#include "machine.h"
+#include "../cuda/simt.h"
 #include "nasa_emu.h"
 
 namespace snoopi {

@@ -51,8 +51,7 @@ SLOW = [
 
 def check(planted: Planted) -> None:
     dim = f"-DNASA_ONLY_DIM={planted.call.d}"
-    # -O0: small calls take less time than optimising.
-    faulty = build(dim, f"-DNASA_FAULT={planted.number}", "-O0", "-Wno-unused")
+    faulty = build(dim, f"-DNASA_FAULT={planted.number}", "-Wno-unused")
     inputs = make(planted.call, torch.bfloat16)
     result = run(faulty, inputs, {})
     reports = {report["fault"] for report in result["reports"]}

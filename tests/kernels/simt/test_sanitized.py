@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 
 def program(*flags: str) -> Path:
-    command = [compiler(), *FLAGS, "-Wno-error", "-g1", "-DNASA_ONLY_DIM=72"]
+    command = [compiler(), *FLAGS, "-Wno-error", "-O0", "-DNASA_ONLY_DIM=72"]
     command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", *flags]
     files = [str(SIMT / name) for name in ("sanitize.cpp", "nasa_emu.cpp")]
     return cached("sanitized", [*command, *files], sources(kernels=True))
