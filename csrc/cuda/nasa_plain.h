@@ -14,9 +14,10 @@ template <int D_>
 struct PlainShape {
   static constexpr int D = D_, KT = 32, kRows = 64, kThreads = 128;
   static constexpr bool kSingle = false;
-  static constexpr int kQuads = D / 4;                 // of columns
-  static constexpr int kShare = (kQuads + 7) / 8;      // of a thread, at most
-  static constexpr int kRowBytes = (kQuads | 1) * 16;  // odd, as in Shape
+  static constexpr int kQuads = D / 4;                    // of columns
+  static constexpr int kShare = (kQuads + 7) / 8;         // of a thread, at most
+  static constexpr int kLogitSteps = kShare < 5 ? 2 : 1;  // at once: registers are short at 160
+  static constexpr int kRowBytes = (kQuads | 1) * 16;     // odd, as in Shape
   // Rows of probabilities begin 8 banks apart: four rows of eight lanes touch all banks once.
   static constexpr int kProbabilityRow = (KT + 8) * 4;
   static constexpr int kKeysAt = kRows * kRowBytes;
@@ -74,7 +75,7 @@ struct PlainKernel {
     const int lane = thread_index() % 8;
     SIMT_UNROLL
     for (int i = 0; i < 16; ++i) s[i / 4][i % 4] = 0.0f;
-    SIMT_UNROLL_BY(2)
+    SIMT_UNROLL_BY(S::kLogitSteps)
     for (int d = 0; d < S::kQuads; ++d) {
       Float4 q[4], k[4];
       SIMT_UNROLL
