@@ -147,7 +147,9 @@ def test_a_signal_while_torch_is_imported(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_during_the_final_evaluation(
     warm: Warm, out: Path, reference: Path, how: signal.Signals
 ) -> None:
@@ -361,6 +363,7 @@ def moment(rng: random.Random, out: Path, life: float) -> Callable[[], bool]:
     return lambda: any(out.glob(".model.*"))
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments(warm: Warm, out: Path, reference: Path) -> None:
     """KILLS kills in one folder after another; each finished folder must equal a whole run's.
 

@@ -78,7 +78,8 @@ def test_a_rerun_is_equal_bit_for_bit(whole: Path) -> None:
     assert figures(again) == figures(whole)
 
 
-SIGNALS = [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+_MORE = (signal.SIGINT, signal.SIGKILL)
+SIGNALS = [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.slow) for s in _MORE)]
 
 
 @pytest.mark.parametrize("how", SIGNALS)  # SIGKILL at random moments: test_stopping
@@ -130,7 +131,7 @@ def test_a_run_killed_before_its_first_state_starts_again(whole: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("shard", ["auto", "never"])
+@pytest.mark.parametrize("shard", ["auto", pytest.param("never", marks=pytest.mark.slow)])
 def test_two_ranks_give_the_losses_of_one(whole: Path, shard: str) -> None:
     out = whole.parent / f"two-{shard}"
     run("debug", QUIET, f"parallel.shard={shard}", "--out", str(out), ranks=2)
@@ -191,6 +192,7 @@ def test_a_run_does_not_overwrite_another(whole: Path) -> None:
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_looks_do_not_depend_on_the_rows_logged(whole: Path) -> None:
     out = whole.parent / "looks"
     run("debug", "evaluate.every=7", "evaluate.removal=0", "run.log=20", "--out", str(out))
@@ -323,6 +325,7 @@ def test_a_stopped_dit_teacher_resumes_bit_for_bit(dit: Path) -> None:
     check_resume(dit.parent / "stopped-teacher", dit.parent / "teacher", [*DIT_TEACHER], ["loss"])
 
 
+@pytest.mark.slow
 def test_a_stopped_dit_student_resumes_bit_for_bit(dit: Path) -> None:
     check_resume(dit.parent / "stopped", dit, student(dit.parent), FIGURES)
 

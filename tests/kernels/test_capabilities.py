@@ -33,6 +33,7 @@ for got, right in zip(*(ops.twin_attention(inputs.q, *inputs.texts, backend=x)
 """
 
 
+@pytest.mark.slow  # `make isa` runs all of the op's tests so
 @pytest.mark.skipif(not NATIVE.loaded, reason=NATIVE.why)
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_every_case_under_a_lesser_capability(capability: str) -> None:

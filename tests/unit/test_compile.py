@@ -46,7 +46,7 @@ def gradients(net: nn.Module) -> list[Tensor]:
     return list(torch.autograd.grad(call(net).square().sum(), found))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_compiled_block_computes_the_same(checkpointing: bool) -> None:
     plain, compiled = block(), block()
     parallel.compile_blocks([compiled], backend="aot_eager")
