@@ -139,8 +139,12 @@ class BuildOps(build_ext):
         out.parent.mkdir(parents=True, exist_ok=True)
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
         objects = [job[-1] for job in jobs]
-        flags = cuda_link_flags() if cuda else link_flags()
-        self._spawn([*cxx, "-shared", *objects, "-o", str(out), *libraries, *flags])
+        if cuda:  # nvcc knows where its runtime lies, and links it in
+            linker = [str(nvcc()), "-cudart", "static", "-ccbin", cxx[0]]
+            flags = ["-ltorch_cpu", "-lc10", "-Xlinker", "--exclude-libs=ALL"]
+        else:
+            linker, flags = cxx, link_flags()
+        self._spawn([*linker, "-shared", *objects, "-o", str(out), *libraries, *flags])
 
     def _compile(self, job: list[str]) -> None:
         target = Path(job[-1])
@@ -197,17 +201,6 @@ def cuda_jobs(cxx: list[str], temp: Path, includes: list[str]) -> list[list[str]
     for glue in sorted(source.glob("*.cpp")):
         jobs.append([*cxx, *flags, "-c", str(glue), "-o", str(temp / f"{glue.stem}.o")])
     return jobs
-
-
-def cuda_link_flags() -> list[str]:
-    """CUDA's runtime is linked in; of torch only what holds the stable ABI."""
-    path = nvcc()
-    assert path is not None
-    home = path.resolve().parents[1]
-    folders = [home / "lib64", home / "targets" / "x86_64-linux" / "lib"]
-    runtime = [f"-L{folder}" for folder in folders if folder.is_dir()]
-    libraries = ["-ltorch_cpu", "-lc10", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    return [*runtime, *libraries, "-Wl,--exclude-libs,ALL"]
 
 
 os.chdir(ROOT)  # setuptools reads pyproject.toml and copies in-place builds from there
