@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -48,7 +49,7 @@ class Avoid(NamedTuple):
     values: Tensor
 
 
-class World(Protocol):
+class World(ABC):
     """A captioned picture source; every draw is a function of (seed, stream, step, index).
 
     attributes: what is known of its pictures, each with its values. vocabulary: the words of its
@@ -56,32 +57,45 @@ class World(Protocol):
     tell apart; or 0. attribution: one line that must go with its pictures, '' where none must.
     """
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def attributes(self) -> Mapping[str, tuple[str, ...]]: ...
-    @property
-    def attribution(self) -> str: ...
-    @property
-    def example(self) -> Example: ...
-    @property
-    def vocabulary(self) -> list[str]: ...
-    @property
-    def subjects(self) -> int: ...
+    name: str
+    size: int  # pixels a side
+    attributes: Mapping[str, tuple[str, ...]]
+    example: Example
+    subjects: int = 0
+    attribution: str = ""
 
-    def tokenizer(self) -> Tokenizer:
-        """A word-level tokenizer of the captions' vocabulary."""
+    def __init__(self) -> None:
+        texts = self._texts()
+        self.vocabulary: list[str] = sorted({word for text in texts for word in text.split()})
+        self.max_tokens: int = max(len(text.split()) for text in texts) + 2  # bos and eos
 
+    @abstractmethod
+    def _texts(self) -> list[str]:
+        """Every caption there is [s]."""
+
+    @abstractmethod
+    def _weights(self, split: str) -> np.ndarray:
+        """How often each caption is drawn in a split [s]. Raises ValueError for another split."""
+
+    @abstractmethod
+    def _case_weights(self, attribute: str, split: str) -> np.ndarray:
+        """The same among the prompts that leave an attribute open [s]."""
+
+    @abstractmethod
+    def _bare_word(self, attribute: str, value: int) -> str:
+        """`bare_word` of a value that there is."""
+
+    @abstractmethod
     def batch(
         self, noise: Noise, step: int, indices: Sequence[int], stream: str = "world"
     ) -> Batch:
         """Training pictures with captions; picture i does not depend on its neighbours."""
 
+    @abstractmethod
     def lesson(self, noise: Noise, step: int, indices: Sequence[int], overshoot: float) -> Lesson:
         """Pictures and labels for a judge: rare values are not rare, nuisance is wider."""
 
+    @abstractmethod
     def real(
         self,
         noise: Noise,
@@ -95,6 +109,14 @@ class World(Protocol):
         """A real picture of each prompt, [n 3 size size]; what it leaves open follows the world's
         priors. avoid: among the values of that attribute but this one."""
 
+    @abstractmethod
+    def named(self, text: str) -> dict[str, int]:
+        """What a caption names: attribute -> value index. ValueError for no caption."""
+
+    def tokenizer(self) -> Tokenizer:
+        """A word-level tokenizer of the captions' vocabulary."""
+        return Tokenizer.words(self.vocabulary, self.max_tokens)
+
     def prompts(
         self,
         noise: Noise,
@@ -105,7 +127,12 @@ class World(Protocol):
         step: int = 0,
         indices: Sequence[int] | None = None,
     ) -> list[str]:
-        """Captions alone, of the split "train" or "held-out". Give either count or indices."""
+        """Captions alone, with the priors of the training captions.
+
+        "train": as in training, bare words and empty captions included; "held-out": captions never
+        trained on, each saying two things or more. Give either count or indices.
+        """
+        return self._draw(noise, stream, step, _indices(count, indices), self._weights(split))
 
     def removal_cases(
         self,
@@ -118,16 +145,39 @@ class World(Protocol):
         step: int = 0,
         indices: Sequence[int] | None = None,
     ) -> list[str]:
-        """Prompts that leave `attribute` open."""
+        """Prompts that leave `attribute` open.
+
+        Raises ValueError for an unknown attribute or split.
+        """
+        self._values(attribute)
+        weights = self._case_weights(attribute, split)
+        stream = f"{stream}.{attribute}"
+        return self._draw(noise, stream, step, _indices(count, indices), weights)
 
     def bare_word(self, attribute: str, value: int) -> str:
-        """The shortest caption of one value, as a negative prompt."""
-
-    def named(self, text: str) -> dict[str, int]:
-        """What a caption names: attribute -> value index. ValueError for no caption."""
+        """The caption of one value alone, as a negative prompt."""
+        values = self._values(attribute)
+        if not 0 <= value < len(values):
+            raise ValueError(f"{attribute} has values 0..{len(values) - 1}, got {value}")
+        return self._bare_word(attribute, value)
 
     def captions(self, split: str | None = None) -> list[str]:
         """Every caption there is, or those of one split."""
+        if split is None:
+            return list(self._texts())
+        return [t for t, p in zip(self._texts(), self._weights(split), strict=True) if p > 0]
+
+    def _values(self, attribute: str) -> tuple[str, ...]:
+        if attribute not in self.attributes:
+            known = ", ".join(self.attributes)
+            raise ValueError(f"unknown attribute {attribute!r}: expected {known}")
+        return self.attributes[attribute]
+
+    def _draw(
+        self, noise: Noise, stream: str, step: int, indices: Sequence[int], weights: np.ndarray
+    ) -> list[str]:
+        u = noise.uniform(stream, step, indices).double().numpy()
+        return [self._texts()[i] for i in categorical(weights, u)]
 
 
 def categorical(weights: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -136,7 +186,7 @@ def categorical(weights: np.ndarray, u: np.ndarray) -> np.ndarray:
     return np.searchsorted(edges, u * edges[-1], side="right")
 
 
-def indices_of(count: int | None, indices: Sequence[int] | None) -> Sequence[int]:
+def _indices(count: int | None, indices: Sequence[int] | None) -> Sequence[int]:
     """The indices of `count` or `indices`. Raises ValueError unless one is given, or both agree."""
     if indices is None and count is not None:
         return range(count)

@@ -40,8 +40,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 from torch import Tensor
 
 from snoopi.noise import Noise
-from snoopi.tokenize import Tokenizer
-from snoopi.worlds.base import Avoid, Batch, Example, Lesson, categorical, indices_of
+from snoopi.worlds.base import Avoid, Batch, Example, Lesson, World, categorical
 
 ATTRIBUTION = "emoji pictures: OpenMoji (https://openmoji.org), CC BY-SA 4.0"
 MISSING = "the emoji world needs two more packages: pip install 'snoopi[emoji]'"
@@ -155,7 +154,7 @@ class _Captions(NamedTuple):
     hidden: np.ndarray  # [s] whether a caption is held out
 
 
-class EmojiWorld:
+class EmojiWorld(World):
     """Real captioned pictures; every draw is a function of (seed, stream, step, index).
 
     Raises ValueError where the packages are missing, or Pillow cannot shape their text.
@@ -168,14 +167,8 @@ class EmojiWorld:
     example = Example("teacher dark skin tone", "gender", 0)
 
     def __init__(self) -> None:
-        texts = _captions().texts
-        self.vocabulary: list[str] = sorted({word for text in texts for word in text.split()})
-        self.max_tokens: int = max(len(text.split()) for text in texts) + 2  # bos and eos
+        super().__init__()
         self.subjects: int = int(_subjects().max()) + 1
-
-    def tokenizer(self) -> Tokenizer:
-        """A word-level tokenizer of the captions' vocabulary."""
-        return Tokenizer.words(self.vocabulary, self.max_tokens)
 
     def batch(
         self, noise: Noise, step: int, indices: Sequence[int], stream: str = "world"
@@ -237,55 +230,6 @@ class EmojiWorld:
         draws = noise.uniform(nuisance, step, indices, shape=(7,))
         return self.render(np.array(chosen), _nuisance(draws))
 
-    def prompts(
-        self,
-        noise: Noise,
-        count: int | None = None,
-        split: str = "train",
-        *,
-        stream: str = "world.prompts",
-        step: int = 0,
-        indices: Sequence[int] | None = None,
-    ) -> list[str]:
-        """Captions alone, with the priors of the training captions.
-
-        "train": as in training, bare words and empty captions included; "held-out": captions never
-        trained on, each saying two things or more. Give either count or indices.
-        """
-        return self._draw(noise, stream, step, indices_of(count, indices), _weights(split))
-
-    def removal_cases(
-        self,
-        noise: Noise,
-        attribute: str,
-        count: int | None = None,
-        split: str = "held-out",
-        *,
-        stream: str = "world.removal",
-        step: int = 0,
-        indices: Sequence[int] | None = None,
-    ) -> list[str]:
-        """Prompts that leave `attribute` open: emoji with different values of it get them.
-
-        Both splits draw from the training captions for colour, form and face: what is left without
-        them says one thing only, and is not held out.
-        Raises ValueError for an unknown attribute or split.
-        """
-        _values(attribute)
-        weights = _weights(split)
-        if attribute not in HELD_OPEN:
-            weights = _weights("train")
-        weights = weights * _open(attribute)
-        stream = f"{stream}.{attribute}"
-        return self._draw(noise, stream, step, indices_of(count, indices), weights)
-
-    def bare_word(self, attribute: str, value: int) -> str:
-        """The caption of one value alone, as a negative prompt: "man", "cat face"."""
-        values = _values(attribute)
-        if not 0 <= value < len(values):
-            raise ValueError(f"{attribute} has values 0..{len(values) - 1}, got {value}")
-        return bare_word(attribute, value)
-
     def named(self, text: str) -> dict[str, int]:
         """What a caption names: attribute -> value index.
 
@@ -293,17 +237,23 @@ class EmojiWorld:
         """
         return dict(_captions().named[_number(text)])
 
-    def captions(self, split: str | None = None) -> list[str]:
-        """Every caption there is, or those of one split."""
-        if split is None:
-            return list(_captions().texts)
-        return [t for t, p in zip(_captions().texts, _weights(split), strict=True) if p > 0]
+    def _texts(self) -> list[str]:
+        return _captions().texts
 
-    def _draw(
-        self, noise: Noise, stream: str, step: int, indices: Sequence[int], weights: np.ndarray
-    ) -> list[str]:
-        u = noise.uniform(stream, step, indices).double().numpy()
-        return [_captions().texts[i] for i in categorical(weights, u)]
+    def _weights(self, split: str) -> np.ndarray:
+        return _weights(split)
+
+    def _case_weights(self, attribute: str, split: str) -> np.ndarray:
+        """Of prompts that emoji with different values of the attribute get.
+
+        Both splits draw from the training captions for colour, form and face: what is left without
+        them says one thing only, and is not held out.
+        """
+        weights = _weights(split)
+        return (weights if attribute in HELD_OPEN else _weights("train")) * _open(attribute)
+
+    def _bare_word(self, attribute: str, value: int) -> str:
+        return bare_word(attribute, value)
 
 
 # --- names ------------------------------------------------------------------------------------
@@ -557,12 +507,6 @@ def _speak(chosen: np.ndarray, u: np.ndarray) -> list[str]:
         table.texts[table.caption[span][categorical(table.train[span], u[i : i + 1])[0]]]
         for i, span in enumerate(spans)
     ]
-
-
-def _values(attribute: str) -> tuple[str, ...]:
-    if attribute not in ATTRIBUTES:
-        raise ValueError(f"unknown attribute {attribute!r}: expected {', '.join(ATTRIBUTES)}")
-    return ATTRIBUTES[attribute]
 
 
 # --- drawing ----------------------------------------------------------------------------------

@@ -28,8 +28,7 @@ import torch
 from torch import Tensor
 
 from snoopi.noise import Noise
-from snoopi.tokenize import Tokenizer
-from snoopi.worlds.base import Avoid, Batch, Example, Lesson, categorical, indices_of
+from snoopi.worlds.base import Avoid, Batch, Example, Lesson, World, categorical
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": ("circle", "square", "triangle", "star", "cross"),
@@ -118,26 +117,14 @@ def held_out(text: str, named: int) -> bool:
     return named >= 2 and zlib.crc32(text.encode()) % HELD_OUT == 0
 
 
-class ShapesWorld:
+class ShapesWorld(World):
     """Procedural captioned pictures; every draw is a function of (seed, stream, step, index)."""
 
     name = "shapes"
     size = 32
     attributes = ATTRIBUTES
     priors = PRIORS
-    subjects = 0
-    attribution = ""
     example = Example("a large solid shape on a white background", "colour", 0)
-
-    def __init__(self) -> None:
-        words = {word for text in _captions().texts for word in text.split()}
-        self.vocabulary: list[str] = sorted(words)
-        longest = max(len(text.split()) for text in _captions().texts)
-        self.max_tokens: int = longest + 2  # bos and eos
-
-    def tokenizer(self) -> Tokenizer:
-        """A word-level tokenizer of the captions' vocabulary."""
-        return Tokenizer.words(self.vocabulary, self.max_tokens)
 
     def batch(
         self, noise: Noise, step: int, indices: Sequence[int], stream: str = "world"
@@ -217,54 +204,6 @@ class ShapesWorld:
         pictures = torch.lerp(paper[:, None], ink.float()[:, :, None, None], inside[:, None])
         return pictures.clamp(0, 1) * 2 - 1  # [b 3 h w]
 
-    def prompts(
-        self,
-        noise: Noise,
-        count: int | None = None,
-        split: str = "train",
-        *,
-        stream: str = "world.prompts",
-        step: int = 0,
-        indices: Sequence[int] | None = None,
-    ) -> list[str]:
-        """Captions alone, with the priors of the training captions.
-
-        "train": as in training, bare words and empty captions included; "held-out": captions never
-        trained on, each naming two attributes or more. Give either count or indices.
-        """
-        return self._draw(noise, stream, step, indices_of(count, indices), _weights(split))
-
-    def removal_cases(
-        self,
-        noise: Noise,
-        attribute: str,
-        count: int | None = None,
-        split: str = "held-out",
-        *,
-        stream: str = "world.removal",
-        step: int = 0,
-        indices: Sequence[int] | None = None,
-    ) -> list[str]:
-        """Prompts that leave `attribute` open and name at least one other.
-
-        Raises ValueError for an unknown attribute or split.
-        """
-        _values(attribute)
-        table = _captions()
-        fits = [
-            text.startswith("a ") and bool(named) and attribute not in named
-            for text, named in zip(table.texts, table.named, strict=True)
-        ]
-        weights = _weights(split) * np.array(fits)
-        return self._draw(noise, f"{stream}.{attribute}", step, indices_of(count, indices), weights)
-
-    def bare_word(self, attribute: str, value: int) -> str:
-        """The caption of one value alone, as a negative prompt: "red", "white background"."""
-        values = _values(attribute)
-        if not 0 <= value < len(values):
-            raise ValueError(f"{attribute} has values 0..{len(values) - 1}, got {value}")
-        return bare_word(attribute, value)
-
     def named(self, text: str) -> dict[str, int]:
         """What a caption names: attribute -> value index. Inverts every caption exactly.
 
@@ -285,17 +224,23 @@ class ShapesWorld:
             if groups[name] in values
         }
 
-    def captions(self, split: str | None = None) -> list[str]:
-        """Every caption there is, or those of one split."""
-        if split is None:
-            return list(_captions().texts)
-        return [t for t, p in zip(_captions().texts, _weights(split), strict=True) if p > 0]
+    def _texts(self) -> list[str]:
+        return _captions().texts
 
-    def _draw(
-        self, noise: Noise, stream: str, step: int, indices: Sequence[int], weights: np.ndarray
-    ) -> list[str]:
-        u = noise.uniform(stream, step, indices).double().numpy()
-        return [_captions().texts[i] for i in categorical(weights, u)]
+    def _weights(self, split: str) -> np.ndarray:
+        return _weights(split)
+
+    def _case_weights(self, attribute: str, split: str) -> np.ndarray:
+        """Of sentences that name at least one other attribute."""
+        table = _captions()
+        fits = [
+            text.startswith("a ") and bool(named) and attribute not in named
+            for text, named in zip(table.texts, table.named, strict=True)
+        ]
+        return _weights(split) * np.array(fits)
+
+    def _bare_word(self, attribute: str, value: int) -> str:
+        return bare_word(attribute, value)
 
 
 # --- captions --------------------------------------------------------------------------------
@@ -356,12 +301,6 @@ def _weights(split: str) -> np.ndarray:
     if split not in ("train", "held-out"):
         raise ValueError(f"split must be 'train' or 'held-out', got {split!r}")
     return _captions().marginal if split == "train" else _captions().held_out
-
-
-def _values(attribute: str) -> tuple[str, ...]:
-    if attribute not in ATTRIBUTES:
-        raise ValueError(f"unknown attribute {attribute!r}: expected {', '.join(ATTRIBUTES)}")
-    return ATTRIBUTES[attribute]
 
 
 # --- drawing ---------------------------------------------------------------------------------
