@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of --dtype
+
 
 def scale(text: str) -> float | list[float]:
     """A strength: a number, or several with commas between (for argparse)."""

@@ -168,10 +168,21 @@ def held() -> Iterator[Callable[[], None]]:
     through()
 
 
-def status(command: str, work: Callable[[], None]) -> int:
-    """Do a command's work; its exit status: 0, 2 for a user's mistake, 130 or 143 when stopped.
+class Stopped(Exception):
+    """A signal ended the work, and its state is saved."""
 
-    A mistake and a stop are one line on stderr; a bug of ours keeps its traceback.
+    def __init__(self, message: str, caught: int) -> None:
+        super().__init__(message)
+        self.status = 128 + caught
+
+
+def status(command: str, work: Callable[[], None], again: str = "") -> int:
+    """Do a command's work; its exit status: 0, 2 for a user's mistake, 130 or 143 when stopped, 1
+    when another rank was lost.
+
+    A mistake, a stop and a lost rank are one line on stderr; a bug of ours keeps its traceback.
+    again: how the work goes on later. Of several ranks the first speaks for all; what may befall
+    one alone (a full disk, a lost rank) each says itself.
     """
     try:
         with interruptible():
@@ -180,9 +191,23 @@ def status(command: str, work: Callable[[], None]) -> int:
         line = one_line(error)
         if line is None:
             raise
-        print(f"{command}: {line}", file=sys.stderr)
+        _complain(command, line, every_rank=isinstance(error, OSError))
         return 2
+    except RankLost as lost:
+        _complain(command, f"{lost}; {again}", every_rank=True)
+        return 1
+    except Stopped as stopped:
+        _complain(command, str(stopped))
+        return stopped.status
     except Interrupted as stop:
-        print(f"{command}: {stop.caught.name}: stopped", file=sys.stderr)
+        how = f"stopped at once; {again}" if again else "stopped"
+        _complain(command, f"{stop.caught.name}: {how}")
         return 128 + stop.caught
     return 0
+
+
+def _complain(command: str, line: str, every_rank: bool = False) -> None:
+    rank = int(os.environ.get("RANK", "0"))  # there may be no process group yet, or no more
+    if rank == 0 or every_rank:
+        where = f"rank {rank}: " if rank else ""
+        print(f"{command}: {where}{line}", file=sys.stderr, flush=True)

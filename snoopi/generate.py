@@ -32,8 +32,6 @@ if __name__ == "__main__":
     gc.freeze()
     gc.enable()
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, 2 for a user's mistake, 130 or 143 when stopped."""
@@ -53,7 +51,7 @@ def _generate(options: argparse.Namespace) -> None:
     pipeline = load(
         shipped_or_path(options.model),
         options.device,
-        DTYPES.get(options.dtype or ""),
+        arguments.DTYPES.get(options.dtype or ""),
         options.optimize,
         vae=None if options.vae is None else shipped_or_path(options.vae),
     )
@@ -123,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", metavar="HxW", help="size in pixels; None: the model's")
     add("--tile", type=int, metavar="N", help="decode in tiles of N latent pixels; None: whole")
     add("--vae", metavar="FOLDER", help="take the VAE of another model folder, or TAESD's")
-    add("--dtype", choices=list(DTYPES), help="compute type; None: as stored")
+    add("--dtype", choices=list(arguments.DTYPES), help="compute type; None: as stored")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
     add("--optimize", choices=("auto", "none"), default="auto", help="pack weights for speed")
     add("--out", type=Path, required=True, metavar="FILE.png", help="the picture to write")

@@ -64,37 +64,12 @@ _IDENTITY = "steps:"  # states of earlier versions note a digest of another kind
 _WRITTEN = ("model", "config.toml", "report.html", "summary.json")  # atomically, in a run's folder
 
 
-class Stopped(Exception):
-    """A run was asked to stop by a signal and has saved its state."""
-
-    def __init__(self, message: str, caught: int) -> None:
-        super().__init__(message)
-        self.status = 128 + caught
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit status: 0, 2 for a user's mistake, 130 or 143 when stopped, 1 when
     another rank was lost."""
     options = _parser().parse_intermixed_args(arguments)
-    try:
-        with errors.interruptible():
-            _command(options)
-    except (ValueError, OSError) as error:
-        line = errors.one_line(error)
-        if line is None:
-            raise
-        _complain(line, every_rank=isinstance(error, OSError))
-        return 2
-    except errors.RankLost as lost:
-        _complain(f"{lost}; the same command with --resume goes on", every_rank=True)
-        return 1
-    except Stopped as stopped:
-        _complain(str(stopped))
-        return stopped.status
-    except errors.Interrupted as stop:
-        _complain(f"{stop.caught.name}: stopped at once; the same command with --resume goes on")
-        return 128 + stop.caught
-    return 0
+    again = "the same command with --resume goes on"
+    return errors.status("snoopi.train", lambda: _command(options), again)
 
 
 def _command(options: argparse.Namespace) -> None:
@@ -108,14 +83,6 @@ def _command(options: argparse.Namespace) -> None:
         with parallel.session(config.run.device, group) as device, warnings.catch_warnings():
             warnings.simplefilter("ignore", PromptCut)  # data.unread has told it
             run(config, out, device, resume=options.resume)
-
-
-def _complain(line: str, every_rank: bool = False) -> None:
-    """One line on stderr: of rank 0, or (where the others may be well) of each rank it befalls."""
-    rank = int(os.environ.get("RANK", "0"))  # there may be no process group yet, or no more
-    if rank == 0 or every_rank:
-        where = f"rank {rank}: " if rank else ""
-        print(f"snoopi.train: {where}{line}", file=sys.stderr, flush=True)
 
 
 def run(config: Config, out: Path, device: torch.device, *, resume: bool = False) -> None:
@@ -283,7 +250,7 @@ def fit(trainer: Trainer, config: Config, out: Path, observer: Observer, *, resu
     if guard.stop():  # asked here, too: a signal may have come while the last state was written
         rest = "finishes with the report" if done == steps else "goes on from there"
         message = f"stopped after step {done} of {steps}; --resume --out {out} {rest}"
-        raise Stopped(message, guard.caught or signal.SIGTERM)
+        raise errors.Stopped(message, guard.caught or signal.SIGTERM)
 
 
 def _with_health(health: Health, row: dict[str, Any], log: RunLog) -> dict[str, Any]:

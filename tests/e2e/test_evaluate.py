@@ -111,7 +111,9 @@ def test_a_stopped_command_goes_on(
     command.until(lambda: (out / "00004.png").exists())
     command.send(signal.SIGTERM)
     assert command.wait() == 128 + signal.SIGTERM
-    assert command.last_line == "snoopi.evaluate: SIGTERM: stopped; the same command goes on"
+    assert (
+        command.last_line == "snoopi.evaluate: SIGTERM: stopped at once; the same command goes on"
+    )
     assert not (out / "00059.png").exists(), "it was done before it was stopped"
     assert not [name for name in pictures(out) if name.startswith(".")]
     (out / ".00009.png.x1y2z3").touch()  # as SIGKILL would have left it
