@@ -25,6 +25,7 @@ from snoopi.evaluate.world import Draw, Quality, Ruler, gap_closed, pick
 from snoopi.noise import Noise
 from snoopi.pictures import grid, save_png
 from snoopi.pipeline import Pipeline, load
+from snoopi.provenance import machine
 from snoopi.report import Figure, Report, print_report, write_report
 from snoopi.runlog import read
 from snoopi.worlds import World
@@ -98,7 +99,7 @@ class Observer:
             grids=figures,
             removal=removal,
             guidance_table=table,
-            provenance=_machine(self.config) | self.pictures(),
+            provenance=_provenance(self.config) | self.pictures(),
         )
         path = write_report(self.out, report)
         print_report(report)
@@ -344,12 +345,6 @@ def _showing(student: Pipeline, world: World) -> list[int]:
     return ([i for i in indices if shown[i]] + indices)[:2]
 
 
-def _machine(config: Config) -> dict[str, Any]:
-    return {
-        "seed": config.run.seed,
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "instruction set": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+def _provenance(config: Config) -> dict[str, Any]:
+    where = machine(torch.get_num_threads())
+    return {"seed": config.run.seed, **where, "python": platform.python_version()}

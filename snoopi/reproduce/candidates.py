@@ -14,6 +14,7 @@ from torch import Tensor
 
 from snoopi.evaluate.negatives import ByScale
 from snoopi.evaluate.removal import Generate
+from snoopi.guidance import NASA
 from snoopi.ops import Formula
 from snoopi.pipeline import Pipeline
 from snoopi.samplers import one_step
@@ -43,17 +44,11 @@ RULES: dict[str, Rule] = {"projection": _projection, "norm": _norm, "mass": _mas
 
 
 @dataclass(frozen=True)
-class Automatic:
+class Automatic(NASA):
     """Z+ - scale w (Z- - Z0), w by a rule for every query and head; without Z0 unless centred."""
 
     scale: float = 1.0
     rule: str = "projection"
-    centred: bool = False
-
-    @property
-    def needs_null(self) -> bool:
-        """Whether the null prompt must be given."""
-        return self.centred
 
     def formula(self) -> Formula:
         """What only `combine` knows."""
@@ -98,7 +93,7 @@ def drawer(pipeline: Pipeline, name: str, seed: int) -> ByScale:
         def generate(prompts: list[str], negatives: list[str] | None, indices: list[int]) -> Tensor:
             assert negatives is not None
             cond = pipeline.condition(prompts, negatives, base, 1.0)
-            cond = replace(cond, guidance=how)  # type: ignore[arg-type]
+            cond = replace(cond, guidance=how)
             z, schedule = pipeline.noise(seed, indices), pipeline.spec.schedule
             x0 = one_step(pipeline.backbone, schedule, z, cond, recipe.t, recipe.abar)
             return vae.decode(x0).float().clamp(-1, 1)

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import json
 import os
-import platform
-import subprocess
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import snoopi
 from snoopi.errors import writing
+from snoopi.provenance import commit, machine
 from snoopi.reproduce.units import Unit
 
 KEYS = ("key", "kind", "unit", "figures")
@@ -80,44 +75,6 @@ class Records:
                 file.write(line)
                 os.fsync(file.fileno())
             self._rows[row["key"]] = row
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """Where figures come from; nothing that names a host."""
-    return {
-        "processor": _processor(),
-        "instruction set": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "torch": torch.__version__,
-    }
-
-
-@functools.cache
-def commit() -> str:
-    """The commit of this checkout, with "+" if the package differs from it; else the version."""
-    folder = Path(snoopi.__file__).parent
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True)
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    head = git("rev-parse", "--short=12", "HEAD")
-    if not head:
-        return f"version {snoopi.__version__}"
-    return head + ("+" if git("status", "--porcelain", "--", ".") else "")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -42,7 +42,8 @@ def strips(name: str, world: str, records: Records, out: Path) -> Iterator[Figur
 
 
 def _students(table: Table, world: str, runs: dict[str, Train], out: Path) -> Iterator[Figure]:
-    prompts = build(world).prompts(Noise(EVALUATION_SEED), 200, "held-out")
+    source = build(world)
+    prompts = source.prompts(Noise(EVALUATION_SEED), 200, "held-out")
     chosen = pick(prompts, COLUMNS)
     there = {row: folder for row, run in runs.items() if (folder := _model(run, out)) is not None}
     if not there:
@@ -55,7 +56,8 @@ def _students(table: Table, world: str, runs: dict[str, Train], out: Path) -> It
     titles = [prompts[i] for i in chosen]
     image = grid(torch.cat(tiles), COLUMNS, titles=titles, row_titles=list(there))
     alt = f"A grid of {', '.join(there)} for {COLUMNS} prompts"
-    yield Figure(table.title, image, "Held-out prompts, the same noise; students of seed 0.", alt)
+    caption = f"Held-out prompts, the same noise; students of seed 0. {source.attribution}".strip()
+    yield Figure(table.title, image, caption, alt)
 
 
 def _negatives(
@@ -82,7 +84,8 @@ def _negatives(
                 tiles.append(own(pipeline, method, EVALUATION_SEED)(scale)(prompts, words, indices))
     titles = [f"{p}; not {w}" for p, w in zip(prompts, words, strict=True)]
     image = grid(torch.cat(tiles), len(prompts), titles=titles, row_titles=rows)
-    caption = "Prompts whose picture shows the negative without guidance; the student of seed 0."
+    caption = "Prompts whose picture shows the negative without guidance; the student of seed 0. "
+    caption = (caption + build(world).attribution).strip()
     yield Figure(table.title, image, caption, f"A grid of {', '.join(rows)}", section="control")
 
 

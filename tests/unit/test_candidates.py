@@ -39,15 +39,15 @@ def test_projection_leaves_nothing_of_the_negative_and_adds_nothing() -> None:
 
 
 def test_norm_does_not_see_the_length_of_the_negative() -> None:
-    z = combine(Automatic(0.5, "norm"))
-    torch.testing.assert_close(z, combine(Automatic(0.5, "norm"), 7 * Z_NEG))
+    z = combine(Automatic(0.5, rule="norm"))
+    torch.testing.assert_close(z, combine(Automatic(0.5, rule="norm"), 7 * Z_NEG))
     away = (Z_POS - z).norm(dim=-1)
     torch.testing.assert_close(away, 0.5 * Z_POS.norm(dim=-1))
 
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_mass_is_nasa_where_both_texts_tie(centred: bool) -> None:
-    how = Automatic(0.7, "mass", centred)
+    how = Automatic(0.7, rule="mass", centred=centred)
     z = how.combine(Z_POS, LSE_POS, Z_NEG, LSE_POS, Z_NULL)
     away = Z_NEG - Z_NULL if centred else Z_NEG
     torch.testing.assert_close(z, Z_POS - 0.7 * away)
@@ -58,7 +58,7 @@ def test_mass_is_nasa_where_both_texts_tie(centred: bool) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_nothing_to_take_away_changes_nothing(rule: str) -> None:
-    assert torch.equal(combine(Automatic(2.0, rule), torch.zeros_like(Z_NEG)), Z_POS)
+    assert torch.equal(combine(Automatic(2.0, rule=rule), torch.zeros_like(Z_NEG)), Z_POS)
 
 
 @pytest.mark.parametrize("name", ["auto-mass", "auto-mass-centred"])

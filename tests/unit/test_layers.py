@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = (
-    {"ops", "noise", "errors", "arguments", "memory", "tiles", "graphs"},
+    {"ops", "noise", "errors", "arguments", "memory", "tiles", "graphs", "provenance"},
     {"guidance", "lora", "schedule", "pictures", "preprocess", "plots"},
     {"conditioning", "page"},
     {"layers", "texts"},
