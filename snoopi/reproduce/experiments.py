@@ -304,7 +304,10 @@ def _tab3(world: str, records: Records) -> list[Table]:
     ]
     rules = {
         "NASA": arms["NASA"],
-        **{f"automatic: {name}": _negatives(_best(world), name) for name in CANDIDATES},
+        **{
+            name.replace("auto-", "automatic, "): _negatives(_best(world), name)
+            for name in CANDIDATES
+        },
     }
     tried = [
         Claim(f"{name} removes more than NASA", name, "NASA", "targeted", HIGHER, False)
