@@ -65,7 +65,7 @@ class Processes:
             return [job.result() for job in [pool.submit(work, item) for item in items]]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for child in self._children:
+            for child in list(self._children):  # their threads take them out as they end
                 child.terminate()
             raise
         finally:
