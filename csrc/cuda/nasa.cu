@@ -9,6 +9,13 @@ NASA_EXPORT int snoopi_nasa_cuda(const snoopi::NasaParams* params, int dtype, in
   return snoopi::nasa_launch(*params, dtype, head_dim, stream);
 }
 
+// Whether the call, which has no w_out yet, should get one of c_out rows on the current device, or
+// leave the projection to a product after it. An estimate; both give the right result.
+NASA_EXPORT int snoopi_nasa_cuda_projects(const snoopi::NasaParams* params, int dtype, int head_dim,
+                                          int c_out) {
+  return snoopi::nasa_projects(*params, dtype, head_dim, c_out);
+}
+
 // The instance that the call would use with `shared_limit` bytes of shared memory a block; launches
 // nothing and needs no device. Returns a NasaError.
 NASA_EXPORT int snoopi_nasa_cuda_query(const snoopi::NasaParams* params, int dtype, int head_dim,

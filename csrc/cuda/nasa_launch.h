@@ -18,6 +18,10 @@ inline namespace SIMT_BACKEND {
 constexpr int kSingleTile = 80;                    // 77 tokens of CLIP
 constexpr int kManyTile = 64, kManyTileWide = 48;  // less for 160 wide heads: registers
 constexpr int64_t kManyRows = 1024;  // more queries than this: blocks of twice the rows
+// No more than these with a projection: blocks of half the rows, which all run at once on a device
+// of 160 multiprocessors.
+constexpr int kFewRowsOfBlock = 32;
+constexpr int64_t kFewRows = 160 * kFewRowsOfBlock;
 
 SIMT_HD constexpr bool compiled_dim(int d) { return NASA_ONLY_DIM == 0 || NASA_ONLY_DIM == d; }
 
@@ -70,6 +74,18 @@ inline bool one_tile_each(const NasaParams& p) {
   return true;
 }
 
+// Whether the kernel itself should project rather than leave that to a product after it: by an
+// estimate (docs/cuda.md), not a measurement. A block that projects walks all heads, so there are
+// few of them: they must be small, fill the device, and all run at once. Then they save the launch
+// of the product and z's way through memory, which on Hopper is as much as what they lose.
+inline bool projects_well(const NasaParams& p, int dtype, int d, int c_out, int processors,
+                          int capability) {
+  if (capability < 90 || dtype == kFloat || p.twin || p.h < 1 || !one_tile_each(p)) return false;
+  if (d != 40 || p.h * d > 320 || c_out > 320) return false;
+  const int64_t blocks = p.b * ((p.m + kFewRowsOfBlock - 1) / kFewRowsOfBlock);
+  return blocks <= processors && 4 * blocks >= 3 * processors;
+}
+
 // Calls visit.template instance<Kernel, S>() of the kernels that could serve the call, best first,
 // until one returns something else than kNoSharedMemory.
 template <typename T, int D, bool kSingle, typename Visit>
@@ -77,6 +93,10 @@ int visit_shapes(const NasaParams& p, const Visit& visit) {
   constexpr int kMany = D == 160 ? kManyTileWide : kManyTile;
   constexpr int KT = kSingle ? kSingleTile : kMany;
   if (p.w_out != nullptr) {
+    if constexpr (D == 40 && kSingle) {
+      typedef Shape<T, D, KT, kFewRowsOfBlock / kWarpRows, 2, kSingle, true> Few;
+      if (p.b * p.m <= kFewRows) return visit.template instance<NasaKernel<Few>, Few>();
+    }
     // 160 wide heads: fewer rows, or A100's shared memory is too small; and fewer keys.
     typedef Shape<T, D, D == 160 && !kSingle ? 32 : KT, D == 160 ? 2 : 4, 2, kSingle, true> S;
     return visit.template instance<NasaKernel<S>, S>();
@@ -147,6 +167,11 @@ struct LaunchVisit {
 inline int nasa_launch(const NasaParams& p, int dtype, int d, void* stream) {
   const int limit = shared_limit();
   return limit < 0 ? kNoDevice : visit_instances(p, dtype, d, LaunchVisit{p, limit, stream});
+}
+
+// projects_well on the current device.
+inline bool nasa_projects(const NasaParams& p, int dtype, int d, int c_out) {
+  return projects_well(p, dtype, d, c_out, device_processors(), device_capability());
 }
 
 struct QueryVisit {

@@ -150,12 +150,19 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
   Kernel::run(params);
 }
 
-// Shared memory that a block of the current device may have; negative if there is no device.
-inline int shared_limit() {
-  int device = 0, bytes = 0;
+// Of the current device; negative if there is none.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return -1;
-  const cudaDeviceAttr most = cudaDevAttrMaxSharedMemoryPerBlockOptin;
-  return cudaDeviceGetAttribute(&bytes, most, device) == cudaSuccess ? bytes : -1;
+  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : -1;
+}
+// Shared memory that a block may have.
+inline int shared_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+inline int device_processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+// 10 * major + minor.
+inline int device_capability() {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
 // 0, or the CUDA error of the launch. Neither waits nor allocates, so it may be captured in a

@@ -21,12 +21,16 @@
 
 #ifdef SNOOPI_EMULATED
 #define SNOOPI_FORWARD snoopi_nasa_emulated
+#define SNOOPI_PROJECTS snoopi_nasa_emulated_projects
 #else
 #define SNOOPI_FORWARD snoopi_nasa_cuda
+#define SNOOPI_PROJECTS snoopi_nasa_cuda_projects
 #endif
 
 extern "C" int SNOOPI_FORWARD(const snoopi::NasaParams* params, int dtype, int head_dim,
                               void* stream);
+extern "C" int SNOOPI_PROJECTS(const snoopi::NasaParams* params, int dtype, int head_dim,
+                               int c_out);
 
 namespace snoopi {
 namespace {
@@ -53,6 +57,10 @@ int dtype_of(const Tensor& x) {
 
 int64_t bytes_of(const Tensor& x) { return x.scalar_type() == ScalarType::Float ? 4 : 2; }
 
+bool aligned(const Tensor& x) {
+  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kAlignment == 0;
+}
+
 // [. . . d] as the kernel reads it: unit stride in d, every row on 16 bytes. A dimension of one
 // is never stepped over, so its stride does not matter.
 Tensor readable(const Tensor& x) {
@@ -61,9 +69,6 @@ Tensor readable(const Tensor& x) {
   for (int64_t i = 0; i < last; ++i) {
     fits = fits && (x.size(i) == 1 || x.stride(i) * bytes_of(x) % kAlignment == 0);
   }
-  const auto aligned = [](const Tensor& t) {
-    return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kAlignment == 0;
-  };
   if (fits && aligned(x)) return x;
   const Tensor copy = torch::stable::contiguous(x);
   return aligned(copy) ? copy : torch::stable::clone(copy);
@@ -73,6 +78,23 @@ void set_strides(const Tensor& x, int64_t (&strides)[3], bool may_share) {
   for (int i = 0; i < 3; ++i) strides[i] = x.size(i) == 1 ? 0 : x.stride(i);
   if (!may_share) STD_TORCH_CHECK(x.dim() == 4, "snoopi: expected 4 dimensions");
 }
+
+// q's device is the current one as long as this lives.
+#ifdef SNOOPI_EMULATED
+struct OnDevice {
+  explicit OnDevice(const Tensor&) {}
+  void* stream() const { return nullptr; }
+};
+#else
+struct OnDevice {
+  const torch::stable::accelerator::DeviceIndex index;
+  const torch::stable::accelerator::DeviceGuard guard;
+  explicit OnDevice(const Tensor& q) : index(q.get_device_index()), guard(index) {}
+  void* stream() const {
+    return torch::stable::accelerator::getCurrentStream(index).nativeHandle();
+  }
+};
+#endif
 
 // A call and the tensors its pointers lie in.
 struct Call {
@@ -136,18 +158,24 @@ struct Call {
     for (int i = 0; i < 2; ++i) params.strength_stride[i] = a.size(i) == 1 ? 0 : a.stride(i);
   }
 
-  // Runs on q's device and its current stream, without waiting.
-  void run(const Tensor& q) {
+  // Takes the projection into the kernel, if that should be faster there and the kernel can read
+  // the weights as they lie.
+  bool project(const OnDevice&, const Tensor& weight, const OptionalTensor& bias) {
+    const int64_t c_out = weight.size(0);
+    const auto fits = [&](const Tensor& x) { return x.is_contiguous() && dtype_of(x) == dtype; };
+    if (c_out == 0 || c_out > INT32_MAX || params.b * params.m * params.h == 0) return false;
+    if (!fits(weight) || !aligned(weight) || (bias.has_value() && !fits(*bias))) return false;
+    const int wide = static_cast<int>(c_out);
+    if (!SNOOPI_PROJECTS(&params, dtype, static_cast<int>(d), wide)) return false;
+    params.w_out = weight.const_data_ptr(), params.c_out = c_out;
+    params.b_out = bias.has_value() ? bias->const_data_ptr() : nullptr;
+    return true;
+  }
+
+  // Runs on the device's current stream, without waiting.
+  void run(const OnDevice& device) {
     if (params.b * params.m * params.h == 0) return;
-#ifdef SNOOPI_EMULATED
-    (void)q;
-    const int error = SNOOPI_FORWARD(&params, dtype, static_cast<int>(d), nullptr);
-#else
-    const auto index = q.get_device_index();
-    const torch::stable::accelerator::DeviceGuard guard(index);
-    void* stream = torch::stable::accelerator::getCurrentStream(index).nativeHandle();
-    const int error = SNOOPI_FORWARD(&params, dtype, static_cast<int>(d), stream);
-#endif
+    const int error = SNOOPI_FORWARD(&params, dtype, static_cast<int>(d), device.stream());
     STD_TORCH_CHECK(error == kOk,
                     "snoopi: the attention kernel refused a call: ", nasa_error_name(error));
   }
@@ -162,7 +190,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
 }
 
 // SNOOPI Eq. 8-10: attention to each text, Z+ - a Z- (or Z+ - a (Z- - Z0)), and the projection,
-// by aten::linear: the kernel that projects as well starves a GPU at these sizes (docs/cuda.md).
+// mostly by aten::linear: the kernel that projects as well has few blocks (docs/cuda.md).
 Tensor nasa_attention(const Tensor& q, const Tensor& k_pos, const Tensor& v_pos,
                       const Tensor& k_neg, const Tensor& v_neg, const OptionalTensor& w_out,
                       const OptionalTensor& b_out, const OptionalTensor& k_null,
@@ -174,9 +202,17 @@ Tensor nasa_attention(const Tensor& q, const Tensor& k_pos, const Tensor& v_pos,
   call.add_text(k_neg, v_neg, mask_neg);
   if (k_null.has_value() && v_null.has_value()) call.add_text(*k_null, *v_null, mask_null);
   call.set_strength(strength, nasa_scale);
+  const OnDevice device(q);
+  if (w_out.has_value() && call.project(device, *w_out, b_out)) {
+    const int64_t sizes[3] = {q.size(0), q.size(1), w_out->size(0)};
+    const Tensor out = torch::stable::new_empty(q, {sizes, 3});
+    call.params.out[0] = out.mutable_data_ptr();
+    call.run(device);
+    return out;
+  }
   const Tensor z = torch::stable::new_empty(q, q.sizes());
   call.params.out[0] = z.mutable_data_ptr();
-  call.run(q);
+  call.run(device);
   if (!w_out.has_value()) return z;
   return linear(torch::stable::flatten(z, 2, 3), *w_out, b_out);
 }
@@ -199,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> twin_attention(const Tensor& q, const
     call.params.out[i] = z[i].mutable_data_ptr();
     call.params.lse[i] = static_cast<float*>(lse[i].mutable_data_ptr());
   }
-  call.run(q);
+  call.run(OnDevice(q));
   return {z[0], lse[0], z[1], lse[1]};
 }
 

@@ -240,6 +240,14 @@ py::object query_nasa(const py::array& q, const py::list& texts, const py::dict&
   return result;
 }
 
+// Whether the call should get a projection to c_out channels on such a device.
+bool projects_on(const py::array& q, const py::list& texts, const py::dict& options, int c_out,
+                 int processors, int capability) {
+  const Call call(q, texts, options);
+  return snoopi_nasa_emulated_projects_on(&call.params, call.dtype, call.head_dim, c_out,
+                                          processors, capability) != 0;
+}
+
 }  // namespace
 }  // namespace snoopi
 
@@ -249,6 +257,8 @@ PYBIND11_MODULE(snoopi_simt, m) {
         py::arg("settings") = py::dict());
   m.def("query", &snoopi::query_nasa, py::arg("q"), py::arg("texts"), py::arg("options"),
         py::arg("shared_limit"));
+  m.def("projects", &snoopi::projects_on, py::arg("q"), py::arg("texts"), py::arg("options"),
+        py::arg("c_out"), py::arg("processors"), py::arg("capability"));
   m.def("selftest", &snoopi::run_selftest, py::arg("name"), py::arg("settings") = py::dict());
   m.def("selftests", [] {
     int num = 0;

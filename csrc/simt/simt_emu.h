@@ -222,6 +222,12 @@ uint32_t pack2(float low, float high) {
 }
 
 inline int shared_limit() { return machine.settings.shared_limit; }
+// An H100, but for tests that need a device filled by few blocks.
+#ifndef SIMT_PROCESSORS
+#define SIMT_PROCESSORS 132
+#endif
+inline int device_processors() { return SIMT_PROCESSORS; }
+inline int device_capability() { return 90; }
 
 // 0, or 1 if the block was given up, which was reported.
 template <typename Kernel, typename Params>

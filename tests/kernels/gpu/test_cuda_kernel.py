@@ -237,7 +237,11 @@ def microseconds(call: Callable[[], object], repeats: int = 50) -> float:
 
 
 def test_print_times(library: ctypes.CDLL) -> None:
-    """Prints, and judges nothing: the kernel beside PyTorch's chain without the projection."""
+    """Prints, and judges nothing: the kernel beside PyTorch's chain, and both with a projection.
+
+    The kernel that projects by itself is beside the one that leaves it to a product: it is the
+    default where csrc/cuda/nasa_launch.h (projects_well) takes it to be faster.
+    """
     for m, h, d, n in (
         (4096, 8, 40, 77),
         (1024, 8, 80, 77),
@@ -250,3 +254,19 @@ def test_print_times(library: ctypes.CDLL) -> None:
         on_device = type(inputs)(q, texts, {**inputs.kwargs, "mask_pos": None, "mask_neg": None})
         ours, eager = microseconds(partial(prepared.launch, library)), microseconds(on_device.eager)
         print(f"m={m} h={h} d={d} n={n}: {ours:.1f} us, eager {eager:.1f} us")
+        call = Call(d, n, b=1, m=m, h=h, c_out=h * d)
+        if h * d <= 640 and fits(library, call, torch.bfloat16):
+            print_projections(library, call, prepared)
+
+
+def print_projections(library: ctypes.CDLL, call: Call, plain: Prepared) -> None:
+    """Times of a call with its projection, in the kernel and by a product after `plain`."""
+    inside = Prepared(call, plain.dtype)
+    w, bias = (inside.inputs.kwargs[name].cuda() for name in ("w_out", "b_out"))
+
+    def by_a_product() -> None:
+        plain.launch(library)
+        torch.nn.functional.linear(plain.out[0].flatten(2), w, bias)
+
+    times = [microseconds(run) for run in (partial(inside.launch, library), by_a_product)]
+    print("    projected inside {:.1f} us, by a product {:.1f} us".format(*times))

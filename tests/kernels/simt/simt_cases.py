@@ -65,6 +65,8 @@ def grid(d: int) -> list[Call]:
 PROJECTED = [
     Call(d=40, n=77, h=3, m=70, c_out=75),  # 120 inputs are no multiple of 16
     Call(d=40, n=120, h=8, b=1, c_out=320, null=5),
+    Call(d=40, n=77, h=8, b=1, m=70, c_out=320, null=20, mask="random"),
+    Call(d=40, n=20, h=1, b=1, m=5121, c_out=3),  # so many rows that blocks have more of them
     Call(d=64, n=77, h=2, m=65, c_out=64, mask="random", strength=True),
     Call(d=72, n=20, h=1, m=9, c_out=1),  # one head, 72 inputs, one output
     Call(d=72, n=154, h=3, b=1, c_out=130, shared=True),

@@ -1,6 +1,7 @@
 """The CUDA kernels on the host: right, without a report, the same in every order of threads."""
 
 import math
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -175,6 +176,26 @@ def test_little_shared_memory(simt: ModuleType, dtype: torch.dtype) -> None:
     assert not any(result["reports"] for result in results)
     assert results[0]["out"][0].tobytes() == results[1]["out"][0].tobytes()
     assert run(simt, inputs, {"shared_limit": 48 * 1024})["error"] == "shared memory"
+
+
+def test_the_kernel_projects_where_an_estimate_favours_it(simt: ModuleType) -> None:
+    def projects(call: Call, dtype: torch.dtype = torch.float16, **options: Any) -> bool:
+        device = [options.pop(name, of) for name, of in (("sms", 132), ("capability", 90))]
+        c_out = options.pop("c_out", call.h * call.d)
+        return simt.projects(*arguments(make(call, dtype), **options), c_out, *device)
+
+    call = Call(d=40, n=77, b=1, m=4096, h=8)  # Stable Diffusion 1.5, 64 x 64
+    assert projects(call) and projects(call, torch.bfloat16)
+    inputs = make(replace(call, c_out=320), torch.float16)
+    found = simt.query(*arguments(inputs), H100)
+    assert found["project"] and found["rows"] == 32 and found["blocks"] == 128
+    # A second wave of blocks, a device half empty, an older one.
+    for other in ({"b": 2}, {"m": 2048}, {"h": 9}, {"n": 81}, {"null": 90}):
+        assert not projects(replace(call, **other)), other
+    assert not projects(call, sms=108) and not projects(call, capability=80)
+    assert not projects(call, torch.float32) and not projects(call, twin=True)
+    assert not projects(call, c_out=640)
+    assert not projects(Call(d=64, n=77, b=1, m=4096, h=5))
 
 
 def test_counts_are_what_the_sizes_say(simt: ModuleType) -> None:

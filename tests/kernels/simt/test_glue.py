@@ -7,12 +7,14 @@ import torch
 from cases import Case, Inputs, error, make
 from simt_build import CUDA, FLAGS, SIMT, cached, compiler, sources
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils import cpp_extension
 
 from snoopi.ops import library, reference
 from snoopi.ops.native import CUDA_TEXT, CUDA_VERSION
 from snoopi.ops.packs import TextPack
 
+SMS = 4
 FLOOR = {torch.float16: 1e-3, torch.bfloat16: 1e-3, torch.float32: 2e-7}
 CASES = [
     Case(m=65, n=77, d=40, h=3),
@@ -34,7 +36,8 @@ def ops() -> Any:
     ]
     torch_flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
     glue = [gxx, *torch_flags, "-c", str(CUDA / "torch.cpp")]
-    kernels = [gxx, *FLAGS, "-c", str(SIMT / "nasa_emu.cpp")]
+    # A device so small that the few blocks of a kernel that projects fill it.
+    kernels = [gxx, *FLAGS, f"-DSIMT_PROCESSORS={SMS}", "-c", str(SIMT / "nasa_emu.cpp")]
     objects = [
         cached("torch.o", glue, [CUDA / "torch.cpp", CUDA / "nasa_params.h"]),
         cached("nasa_emu.o", kernels, sources(kernels=True)),
@@ -65,6 +68,33 @@ def close(got: Tensor, exact: Tensor, eager: Tensor) -> None:
 def test_error_is_at_most_twice_that_of_eager(ops: Any, case: Case, dtype: torch.dtype) -> None:
     inputs = make(case, dtype)
     close(nasa(ops, inputs), inputs.exact(), inputs.eager())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("case", "inside"),
+    [
+        (Case(m=100, n=77, d=40, b=1, h=8, c_out=320, null=True, mask="random"), True),
+        (Case(m=50, n=20, d=40, b=2, c_out=9, strength=True), True),
+        (Case(m=100, n=77, d=40, b=2, h=3), False),  # more blocks than run at once
+        (Case(m=100, n=77, d=64, b=1), False),
+    ],
+    ids=str,
+)
+def test_the_kernel_projects_where_that_should_be_faster(
+    ops: Any, case: Case, inside: bool, bias: bool
+) -> None:
+    inputs = make(case, torch.bfloat16)
+    if not bias:
+        inputs.kwargs["b_out"] = None
+    w = inputs.kwargs["w_out"]
+    for weight in (w, w.t().contiguous().t(), torch.cat([w.flatten()[:1], w.flatten()])[1:]):
+        inputs.kwargs["w_out"] = weight.view(w.shape)
+        with profile(activities=[ProfilerActivity.CPU]) as calls:
+            out = nasa(ops, inputs)
+        close(out, inputs.exact(), inputs.eager())
+        outside = "aten::linear" in {event.key for event in calls.key_averages()}
+        assert outside != (inside and weight is w), "weights the kernel cannot read stay outside"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

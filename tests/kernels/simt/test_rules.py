@@ -40,7 +40,8 @@ def test_kernels_are_free_of_torch() -> None:
 
 def test_both_backends_have_the_same_primitives() -> None:
     name = re.compile(r"^(?:SIMT_DEVICE|inline)\s+\w+\s+(\w+)\(", re.MULTILINE)
-    compiled = set(name.findall((CUDA / "simt_cuda.h").read_text())) - {"shared_address", "widen"}
+    helpers = {"shared_address", "widen", "device_attribute"}
+    compiled = set(name.findall((CUDA / "simt_cuda.h").read_text())) - helpers
     emulated = code(CUDA.parent / "simt" / "simt_emu.h")
     for primitive in compiled:
         assert re.search(rf"\b{primitive}\(", emulated), primitive
