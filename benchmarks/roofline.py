@@ -3,8 +3,8 @@
 python -m benchmarks.roofline [--sass FILE|none] [--out FILE.md]
 
 From a shape's sizes: operations, bytes and exponentials, and the time each would take alone. With a
-disassembler (cuobjdump and nvdisasm) and nvcc also the kernel's instructions, counted in the
-machine code of sm_80, and the time to issue them. Nothing here runs on a GPU.
+disassembler (cuobjdump and nvdisasm) and nvcc also the kernel's instructions, counted in each
+device's own machine code, and the time to issue them. Nothing here runs on a GPU.
 """
 
 import argparse
@@ -75,6 +75,7 @@ class Device(NamedTuple):
     """A data sheet: dense 16-bit FLOP/s, bytes/s, multiprocessors and clock."""
 
     name: str
+    arch: str
     flops: float
     bytes: float
     processors: int
@@ -104,22 +105,28 @@ SHAPES = (
     Shape("PixArt 1024 px", 4096, 16, 72, 120),
 )
 DEVICES = (
-    Device("A100", 312e12, 2.0e12, 108, 1.41e9),
-    Device("H100", 990e12, 3.35e12, 132, 1.83e9),
+    Device("A100", "sm_80", 312e12, 2.0e12, 108, 1.41e9),
+    Device("H100", "sm_90a", 990e12, 3.35e12, 132, 1.83e9),
 )
 
 
-def loop_instructions(sass: str, d: int, key_tile: int) -> Counter[str]:
+def loop_instructions(sass: str, arch: str, d: int, key_tile: int) -> Counter[str]:
     """Opcodes in the loop over tiles of the kernel of 4 warps for bf16, without a projection.
 
     The loop is the shortest backward jump around all products. What it holds for rare cases (log-
-    sum-exp, two results) is counted too.
+    sum-exp, two results) is counted too. sass: cuobjdump's output, of any number of architectures.
+    Raises ValueError if it lacks the kernel.
     """
     wanted = re.compile(rf"BFloat16ELi{d}ELi{key_tile}ELi4ELi2ELb[01]ELb0E")
-    for function in sass.split("Function : ")[1:]:
-        if wanted.search(function.split()[0]):
-            return _loop(function)
-    raise ValueError(f"no kernel for d = {d} with tiles of {key_tile} keys in the machine code")
+    for part in re.split(r"code for (?=sm_)", sass)[1:]:
+        if part.split(maxsplit=1)[0] != arch:
+            continue
+        for function in part.split("Function : ")[1:]:
+            if wanted.search(function.split()[0]):
+                return _loop(function)
+    raise ValueError(
+        f"no kernel for d = {d} with tiles of {key_tile} keys in the machine code for {arch}"
+    )
 
 
 def _loop(function: str) -> Counter[str]:
@@ -138,14 +145,16 @@ def _loop(function: str) -> Counter[str]:
 
 
 def machine_code() -> str | None:
-    """The machine code for sm_80, or None without the tools."""
+    """The machine code for all devices, or None without the tools."""
     if shutil.which("nvcc") is None or shutil.which("cuobjdump") is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "nasa.cubin"
-        command = ["nvcc", "-std=c++17", "-O3", "-arch=sm_80", "-cubin", str(SOURCE)]
-        subprocess.run([*command, "-o", str(cubin)], check=True)
-        done = subprocess.run(["cuobjdump", "-sass", str(cubin)], check=True, capture_output=True)
+        binary = Path(folder) / "nasa.fatbin"
+        command = ["nvcc", "-std=c++17", "-O3", "-fatbin", f"--threads={len(DEVICES)}"]
+        for arch in (device.arch for device in DEVICES):
+            command += ["-gencode", f"arch={arch.replace('sm', 'compute')},code={arch}"]
+        subprocess.run([*command, str(SOURCE), "-o", str(binary)], check=True)
+        done = subprocess.run(["cuobjdump", "-sass", str(binary)], check=True, capture_output=True)
     return done.stdout.decode()
 
 
@@ -175,20 +184,22 @@ def _row(*cells: str) -> str:
 
 
 def instructions_table(sass: str) -> list[str]:
+    titles = [f"{x.name}: instructions (HMMA, MUFU, LDSM)" for x in DEVICES]
     times = [f"{x.name} us: issue / HMMA" for x in DEVICES]
     lines = [
-        _row("shape", "keys of a tile", "instructions", "HMMA", "MUFU", "LDSM", *times),
-        _row(*["---"] * (6 + len(DEVICES))),
+        _row("shape", "keys of a tile", *titles, *times),
+        _row(*["---"] * (2 + 2 * len(DEVICES))),
     ]
     for s in SHAPES:
-        count = loop_instructions(sass, s.d, s.key_tile)
-        times = []
+        counts, times = [], []
         for x in DEVICES:
+            count = loop_instructions(sass, x.arch, s.d, s.key_tile)
+            kinds = ", ".join(str(count[name]) for name in ("HMMA", "MUFU", "LDSM"))
+            counts.append(f"{count.total()} ({kinds})")
             issue = x.issue_us(s.warp_tiles() * count.total())
             # m16n8k16 is 4096 FLOPs, some of them on padding.
             times.append(f"{issue:.1f} / {x.matrix_us(s.warp_tiles() * count['HMMA'] * 4096):.1f}")
-        numbers = (s.key_tile, count.total(), count["HMMA"], count["MUFU"], count["LDSM"])
-        lines.append(_row(s.name, *map(str, numbers), *times))
+        lines.append(_row(s.name, str(s.key_tile), *counts, *times))
     return lines
 
 
@@ -204,7 +215,8 @@ def report(sass: str | None) -> str:
         lines += [
             "",
             "ESTIMATES: instructions of a warp (16 rows) for a tile of keys in the machine code of",
-            "sm_80, and the time to issue them all, or only the products, at full occupancy.",
+            f"{' and '.join(x.arch for x in DEVICES)}, and the time to issue them all, or only the "
+            "products, at full occupancy.",
             "",
         ]
         lines += instructions_table(sass)
