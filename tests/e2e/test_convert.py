@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -13,25 +15,28 @@ from safetensors.torch import load_file
 import snoopi
 from snoopi.folders import SHIPPED
 from tests.e2e.commands import ENV
+from weights_convert.__main__ import main
 
 pytestmark = pytest.mark.e2e
 TEACHER = SHIPPED / "shapes_teacher"
 
 
 def run(*words: str | Path, status: int = 0) -> str:
-    """Its output; a mistake is one line on stderr and nothing on stdout."""
-    command = [sys.executable, "-m", "weights_convert", *map(str, words)]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, check=False)
-    assert done.returncode == status, done.stderr
+    """Its output; a mistake is one line on stderr and nothing on stdout. In this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert main([*map(str, words)]) == status, err.getvalue()
     if status:
-        assert done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr
-        return done.stderr
-    return done.stdout
+        assert out.getvalue() == "" and len(err.getvalue().splitlines()) == 1, err.getvalue()
+        return err.getvalue()
+    return out.getvalue()
 
 
 def test_out_and_back(tmp_path: Path) -> None:
     """A model folder to diffusers' layout and back: the same weights, the same picture."""
-    said = run("export", TEACHER, tmp_path / "diffusers", "--to", "diffusers")
+    command = [sys.executable, "-m", "weights_convert", "export", str(TEACHER)]
+    command += [str(tmp_path / "diffusers"), "--to", "diffusers"]
+    said = subprocess.run(command, env=ENV, capture_output=True, text=True, check=True).stdout
     assert f"wrote {tmp_path / 'diffusers'} (diffusers, StableDiffusionPipeline)" in said
     said = run(tmp_path / "diffusers", tmp_path / "model", "--arch", "shapes", "--check")
     assert "286" in said and "3,453,108" in said

@@ -42,7 +42,7 @@ def poison(model: Path, value: float) -> None:
     save_file(state, path)
 
 
-@pytest.mark.parametrize("value", [float("nan"), 1e38])
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(1e38, marks=pytest.mark.slow)])
 def test_a_broken_teacher_stops_the_run_and_a_mended_one_goes_on(
     reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float
 ) -> None:

@@ -52,7 +52,10 @@ def test_gradcheck(case: Case) -> None:
     assert torch.autograd.gradcheck(finite_twin, twin)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in CASES[:2]]
+
+
+@pytest.mark.parametrize("case", [*SLOW, CASES[2]], ids=str)
 def test_opcheck(case: Case) -> None:
     inputs = make(case)
     for args in (schema_args(inputs), grown(schema_args(inputs))):

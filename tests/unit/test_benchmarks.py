@@ -957,6 +957,7 @@ def test_a_side_in_its_process(tmp_path: Path) -> None:
     there.close()
 
 
+@pytest.mark.slow
 def test_a_fresh_process_up_to_its_first_picture(tmp_path: Path) -> None:
     models.write(tmp_path, WHOLE, "bf16", tiny=False)
     setup = models.setup(tmp_path, WHOLE, "bf16", 1, "snoopi")

@@ -136,7 +136,9 @@ def test_inductor_gives_the_same(kind: str, guidance: Guidance) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("guidance", [NASA(0.1, centred=True), NAG(0.1)], ids=str)
+@pytest.mark.parametrize(
+    "guidance", [NASA(0.1, centred=True), pytest.param(NAG(0.1), marks=pytest.mark.slow)], ids=str
+)
 def test_numbers_as_strengths_share_a_graph(guidance: Guidance) -> None:
     """A strength per step must not compile at each step: one graph, and one for any number."""
     net = network("dit")
@@ -147,8 +149,11 @@ def test_numbers_as_strengths_share_a_graph(guidance: Guidance) -> None:
     assert count.frame_count <= 2
 
 
+TENSOR = pytest.param(torch.tensor(0.5), id="tensor", marks=pytest.mark.slow)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("on", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
+@pytest.mark.parametrize("on", [pytest.param(0.5, id="number"), TENSOR])
 def test_a_number_of_zero_is_a_graph_of_its_own(on: float | Tensor) -> None:
     """Guidance in the first steps alone: nothing is compiled when the schedule runs again."""
     net = network("dit")

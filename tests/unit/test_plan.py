@@ -74,16 +74,21 @@ def test_live_follows_storages_until_they_die() -> None:
         assert live.peak == z.nbytes
 
 
+SLOW = [
+    ["parallel.checkpointing=true"],
+    ["run.dtype=bf16", "run.batch=4"],
+    ["nasa_train.alpha=[0, 1]", "run.dtype=bf16", "parallel.checkpointing=true"],
+    ["run.accumulate=2", "parallel.checkpointing=true"],
+]
+
+
 @pytest.mark.parametrize(
     "words",
     [
         [],
-        ["parallel.checkpointing=true"],
         ["parallel.checkpointing=true", "parallel.teacher_pass=sequential"],
-        ["run.dtype=bf16", "run.batch=4"],
         ["model.student=lora", "student_lora.rank=4"],
-        ["nasa_train.alpha=[0, 1]", "run.dtype=bf16", "parallel.checkpointing=true"],
-        ["run.accumulate=2", "parallel.checkpointing=true"],
+        *(pytest.param(words, marks=pytest.mark.slow) for words in SLOW),
     ],
     ids=" ".join,
 )
@@ -109,7 +114,10 @@ DECODING = dataclasses.replace(
 TAESD = TAESDConfig(channels=128, encoder_blocks=(1, 1, 1), decoder_blocks=(2, 2, 2))
 
 
-@pytest.mark.parametrize(("decoder", "dtype"), [("vae", "bf16"), ("taesd", "fp32")])
+@pytest.mark.parametrize(
+    ("decoder", "dtype"),
+    [pytest.param("vae", "bf16", marks=pytest.mark.slow), ("taesd", "fp32")],
+)
 def test_the_planned_clip_loss_is_the_one_that_runs(
     decoder: str, dtype: str, tmp_path: Path
 ) -> None:

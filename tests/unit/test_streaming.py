@@ -55,7 +55,7 @@ def weights(trainer: Distiller) -> dict[str, torch.Tensor]:
     return {f"{n}.{k}": v for n, net in nets.items() for k, v in net.state_dict().items()}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_streamed_run_is_one_of_whole_networks_bit_for_bit(folder: Path, dtype: str) -> None:
     words = (f"run.dtype={dtype}", "parallel.checkpointing=true")
     whole = distiller(load(folder, dtype=torch.float32), *words)

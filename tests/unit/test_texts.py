@@ -74,8 +74,15 @@ def draw(pipeline: Pipeline, **options: Any) -> Tensor:
     return pipeline.latents(z=z, **options)
 
 
-@pytest.mark.parametrize("preset", ["debug", "shapes_dit"])
-@pytest.mark.parametrize("one_step", [True, False])
+@pytest.mark.parametrize(
+    ("preset", "one_step"),
+    [
+        ("debug", True),
+        ("shapes_dit", False),
+        pytest.param("debug", False, marks=pytest.mark.slow),
+        pytest.param("shapes_dit", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_kept_text_gives_the_same_picture_bit_for_bit(preset: str, one_step: bool) -> None:
     """In every mode, with every kind of negative, in one call of the network and in several."""
     plain, kept = tiny(preset, one_step), tiny(preset, one_step).optimize()
