@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -68,16 +69,26 @@ def _experiments(options: argparse.Namespace) -> None:
             f"--jobs and --seeds must be at least 1, got {options.jobs} and {options.seeds}"
         )
     names = WORLDS[options.world] if options.experiment == "all" else (options.experiment,)
+    try:
+        only = re.compile(options.only)
+    except re.error as error:
+        raise ValueError(f"--only: {options.only!r} is no regular expression: {error}") from None
     records, seeds = Records(options.records), range(options.seeds)
     check(names, options.world, records)
 
-    def missing() -> list[Unit]:
+    def wanted() -> list[Unit]:
         units = [
             unit
             for name in names
             for unit in EXPERIMENTS[name].units(options.world, records, seeds)
         ]
-        return [unit for unit in dict.fromkeys(units) if unit not in records]
+        return [unit for unit in dict.fromkeys(units) if only.search(unit.describe())]
+
+    def missing() -> list[Unit]:
+        return [unit for unit in wanted() if unit not in records]
+
+    if not wanted():
+        raise ValueError(f"--only: no unit of {options.experiment} matches {options.only!r}")
 
     if options.dry_run:
         for unit in missing():
@@ -238,6 +249,8 @@ def _parser() -> argparse.ArgumentParser:
         kind = kinds.add_parser(name, help=text, description=text, formatter_class=default)
         kind.add_argument("--world", choices=list(WORLDS), default="shapes")
         kind.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ...")
+        text = "run units whose line in --dry-run matches this regular expression"
+        kind.add_argument("--only", metavar="PATTERN", default="", help=text)
         kind.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="runs, report")
         kind.add_argument("--records", type=Path, default=RECORDS, help="what has been measured")
         kind.add_argument("--jobs", type=int, default=1, help="runs at once; they share the cores")

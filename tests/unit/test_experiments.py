@@ -260,6 +260,10 @@ def test_what_is_on_record_is_drawn_and_not_run(
     assert "Table 2" in capsys.readouterr().out and full.path.read_bytes() == before
     assert command.main(["tab2", *words, "--seeds", "4", "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("18 units to run")
+    words += ["--seeds", "4", "--dry-run", "--only", "^pgsb_shapes seed 3$"]
+    assert command.main(["tab2", *words]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines == ["pgsb_shapes seed 3"] and last.startswith("1 units to run")
 
 
 @pytest.mark.parametrize(
@@ -268,6 +272,8 @@ def test_what_is_on_record_is_drawn_and_not_run(
         (["tab2", "--seeds", "0"], "--seeds"),
         (["tab2", "--jobs", "0"], "--jobs"),
         (["tab9"], "tab9"),
+        (["tab2", "--only", "nothing"], "no unit of tab2 matches 'nothing'"),
+        (["tab2", "--only", "seed ("], "regular expression"),
         (["tab2", "--world", "sea"], "sea"),
         (["dit", "--world", "emoji"], "dit"),
     ],
