@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -177,8 +178,8 @@ class Stopped(Exception):
 
 
 def status(command: str, work: Callable[[], None], again: str = "") -> int:
-    """Do a command's work; its exit status: 0, 2 for a user's mistake, 130 or 143 when stopped, 1
-    when another rank was lost.
+    """Do a command's work; its exit status: 0, 2 for a user's mistake, 130 or 143 when stopped, 141
+    when who reads stdout has left (`| head`), 1 when another rank was lost.
 
     A mistake, a stop and a lost rank are one line on stderr; a bug of ours keeps its traceback.
     again: how the work goes on later. Of several ranks the first speaks for all; what may befall
@@ -187,6 +188,12 @@ def status(command: str, work: Callable[[], None], again: str = "") -> int:
     try:
         with interruptible():
             work()
+        sys.stdout.flush()  # what the interpreter does as it ends, too late to say anything about
+    except BrokenPipeError:
+        if not _stdout_has_no_reader():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for that last flush
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         line = one_line(error)
         if line is None:
@@ -204,6 +211,15 @@ def status(command: str, work: Callable[[], None], again: str = "") -> int:
         _complain(command, f"{stop.caught.name}: {how}")
         return 128 + stop.caught
     return 0
+
+
+def _stdout_has_no_reader() -> bool:
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except ValueError:  # no file, as under a test
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _complain(command: str, line: str, every_rank: bool = False) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -46,6 +48,27 @@ def test_signals_interrupt_and_former_handlers_come_back(number: signal.Signals)
         os.kill(os.getpid(), number)
         signal.pause()
     assert raised.value.caught == number and signal.getsignal(number) == former
+
+
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["buffered", "many"])
+def test_a_reader_that_leaves_ends_the_command_in_silence(lines: int) -> None:
+    work = f"lambda: [print('x' * 50) for _ in range({lines})]"
+    command = ["-c", f"import time; from snoopi import errors; time.sleep(0.2); "
+               f"raise SystemExit(errors.status('x', {work}))"]  # fmt: skip
+    reader, writer = os.pipe()
+    process = subprocess.Popen([sys.executable, *command], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    os.close(reader)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGPIPE and said == b""
+
+
+def test_a_broken_pipe_of_ours_is_a_bug() -> None:
+    def work() -> None:
+        raise BrokenPipeError(errno.EPIPE, "of a worker")
+
+    with pytest.raises(BrokenPipeError):
+        errors.status("x", work)
 
 
 def test_another_thread_has_no_handlers() -> None:
