@@ -198,7 +198,7 @@ def test_emoji_teacher(emoji: Path) -> None:
 
 
 def test_emoji_student(emoji: Path) -> None:
-    """Three steps from that teacher, measured on few prompts; the strip of its own example."""
+    """Three steps from the teacher that is shipped; the strip of the world's own example."""
     more = ["evaluate.removal=0", "evaluate.teacher_steps=2"]
     assert train.main(["pgsb_emoji_gap", *TINY, *more, "--out", str(emoji / "pgsb_emoji_gap")]) == 0
     rows = figures(emoji / "pgsb_emoji_gap")
