@@ -24,6 +24,6 @@ def size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     height, cross, width = text.lower().partition("x")
-    if not (cross and height.isdigit() and width.isdigit()):
+    if not (cross and height.isdecimal() and width.isdecimal()):
         raise ValueError(f"--size must be HxW in pixels, for example 512x512, got {text!r}")
     return int(height), int(width)

@@ -93,7 +93,7 @@ def _read(folder: Path, kind: Any, what: str, other: str) -> tuple[Any, dict[str
     got = _kind(data)
     if got in ("ModelSpec", "ToolSpec") and got != kind.__name__:
         raise ValueError(
-            f"{folder} holds no {what}: expected a {kind.__name__}, got a {got}; {other} reads it"
+            f"{folder} holds not {what}: expected a {kind.__name__}, got a {got}; {other} reads it"
         )
     try:
         return parse_spec(kind, data.get("model")), provenance

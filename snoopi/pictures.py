@@ -111,10 +111,16 @@ def png_bytes(image: Image.Image) -> bytes:
 def write_atomically(path: Path, content: bytes) -> Path:
     """Write a file whole or not at all (temporary beside it, then rename); makes the folder.
 
+    A link is followed. What is no file (a device, a pipe) is written to, not replaced.
+
     Raises:
         OSError: naming `path`, not the temporary file.
     """
     with writing(path):
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return path
+        path, named = path.resolve(), path
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
@@ -126,7 +132,7 @@ def write_atomically(path: Path, content: bytes) -> Path:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-    return path
+    return named
 
 
 def _check_labels(name: str, labels: Sequence[str] | None, count: int) -> None:

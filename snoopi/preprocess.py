@@ -82,7 +82,7 @@ def clip_tensor(
         pictures = pictures[:, :, top : top + size, left : left + size]
     else:
         scale = size / max(high, wide)
-        new = (round(high * scale), round(wide * scale))
+        new = (max(1, round(high * scale)), max(1, round(wide * scale)))
         pictures = _bicubic(pictures, new, antialias)
         top, left = (size - new[0]) // 2, (size - new[1]) // 2
         pictures = F.pad(pictures, (left, size - new[1] - left, top, size - new[0] - top))

@@ -81,7 +81,7 @@ def _rank() -> int:
 
 def _command(options: argparse.Namespace) -> None:
     metrics = measure.names(options.metrics)
-    words.check(options)
+    words.check(options, metrics)
     model = _model(options)
     how = _how(options)
     sets = _sets(options, metrics, model, how)
@@ -127,8 +127,6 @@ def _model(options: argparse.Namespace) -> Path | None:
         _draws_nothing(options)
         return None
     read_spec(path)
-    if options.out is None:
-        raise ValueError("--out must say where the pictures go")
     if options.features:
         raise ValueError("--features are instead of a model's pictures: leave MODEL out")
     return path
@@ -136,9 +134,12 @@ def _model(options: argparse.Namespace) -> Path | None:
 
 def _draws_nothing(options: argparse.Namespace) -> None:
     """ValueError for options that only a model's pictures have."""
-    for name in ("out", "scale", "steps", "size", "dtype"):
-        if getattr(options, name) is not None:
-            raise ValueError(f"--{name} is for a model: the pictures are there")
+    drawing = ("out", "scale", "steps", "size", "dtype", "seed", "guidance", "optimize")
+    for name in (*drawing, "removal_count"):
+        if words.given(options, name):
+            raise ValueError(f"{words.flag(name)} is for a model: the pictures are there")
+    if options.target is None and (options.prompts or options.negative is not None):
+        raise ValueError("--prompts and --negative are for pictures: --features have none")
 
 
 def _how(options: argparse.Namespace) -> How:
@@ -154,8 +155,13 @@ def _sets(
     options: argparse.Namespace, metrics: Sequence[str], model: Path | None, how: How
 ) -> dict[str, DrawnSet]:
     """What a model has to draw for the metrics: the "main" set, "hpsv2" and "removal"."""
-    if model is None:
+    benchmark = "hpsv2" in metrics and options.hps_prompts is not None
+    main = any(name in _MAIN for name in metrics) or ("hpsv2" in metrics and not benchmark)
+    paired = "removal" in metrics and not options.world  # a world's are drawn as it measures
+    if model is None or not (benchmark or main or paired):
         return {}
+    if options.out is None:
+        raise ValueError("--out must say where the pictures go")
     identity = {
         "model": model.resolve().name,
         "weights": model_digest(model),
@@ -166,12 +172,11 @@ def _sets(
         "optimize": options.optimize,
     }
     found = {}
-    benchmark = "hpsv2" in metrics and options.hps_prompts is not None
-    if any(name in _MAIN for name in metrics) or ("hpsv2" in metrics and not benchmark):
+    if main:
         found["main"] = _main_set(options, identity)
     if benchmark:
         found["hpsv2"] = _benchmark_set(options, identity)
-    if "removal" in metrics and not options.world:
+    if paired:
         found["removal"] = _removal_set(options, identity)
     return found
 
@@ -262,7 +267,13 @@ def _bench(
     if options.world:
         count = len(bench.rows) or options.removal_count
         world = worlds.build(options.world)
-        ruler = Ruler(world, Judge.load(world), count, EVALUATION_SEED)
+        judge = Judge.load(world)
+        if how.size not in (None, (judge.size, judge.size)):
+            raise ValueError(
+                f"--size {options.size}: the {options.world} world's pictures have {judge.size} "
+                "pixels a side"
+            )
+        ruler = Ruler(world, judge, count, EVALUATION_SEED)
         asked = [row.prompt for row in bench.rows]
         if any(a is not None and a != b for a, b in zip(asked, ruler.prompts, strict=False)):
             raise ValueError(f"{options.target} shows other prompts than --world {options.world}'s")
@@ -284,11 +295,14 @@ def _find(options: argparse.Namespace, metrics: Sequence[str], bench: Bench) -> 
                 "them from a model (--out)"
             )
         bench.removal = read_rows(folder / "removal")
-    distances = any(name in ("fid", "kid", "pr") for name in metrics) and not options.features
-    others = any(name in ("clip", "named") for name in metrics)
-    if distances or others or ("hpsv2" in metrics and not benchmark):
+    if any(name in _MAIN for name in metrics) or ("hpsv2" in metrics and not benchmark):
         texts = read_prompts(options.prompts) if options.prompts else None
         bench.rows = found_rows(folder, texts, options.negative, options.num)
+        if bench.features and bench.features.count != len(bench.rows):
+            raise ValueError(
+                f"{folder} holds {len(bench.rows)} pictures, {options.features} "
+                f"{bench.features.count} rows"
+            )
 
 
 def _found_styles(options: argparse.Namespace, folder: Path) -> dict[str, list[Row]]:
@@ -296,6 +310,9 @@ def _found_styles(options: argparse.Namespace, folder: Path) -> dict[str, list[R
     folder = folder / "hpsv2" if (folder / "hpsv2").is_dir() else folder
     if options.hps_prompts is None:
         styles = _styles(read_rows(folder))
+        for style, rows in styles.items():
+            if options.num is not None and len(rows) < options.num:
+                raise ValueError(f"--num {options.num}: {folder / style} has {len(rows)} pictures")
         return {style: rows[: options.num] for style, rows in styles.items()}
     prompts = hpsv2.read_prompts(options.hps_prompts)
     return {
@@ -399,7 +416,7 @@ def _report(
     given = {name: _plain(value) for name, value in vars(options).items()}
     return {
         "target": options.target,
-        "seed": options.seed,
+        "seed": options.seed if sets or (bench.world and bench.world.draws) else None,
         "pictures": {
             name: {"folder": str(s.folder), "count": len(s.jobs), "identity": dict(s.identity)}
             for name, s in sets.items()

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from snoopi import preprocess
 from snoopi.evaluate.fid import FeatureStats
-from snoopi.evaluate.picture_sets import batches, file_sha256, picture_files
-from snoopi.folders import load_tools, read_tools, weights_path
+from snoopi.evaluate.picture_sets import batches, file_sha256
+from snoopi.folders import defer_part, load_tools, read_tools, weights_path
 from snoopi.models.inception import InceptionConfig
 from snoopi.models.vgg import VGGConfig
 from snoopi.pictures import write_atomically
@@ -109,7 +109,7 @@ _KINDS = {"inception": InceptionConfig, "vgg": VGGConfig}
 class Features:
     """Features of a set of pictures, or their statistics alone.
 
-    rows: float32 [n d], None where only statistics are known. protocol: its name, "" where a file
+    rows: floats [n d], None where only statistics are known. protocol: its name, "" where a file
     does not say. source: words for the report. known: the statistics, where there are no rows.
     """
 
@@ -153,11 +153,18 @@ def check_tool(folder: Path, tool: str) -> None:
     """ValueError unless a folder of tools holds the network of a kind ("inception", "vgg")."""
     spec, _ = read_tools(folder)
     config = spec.networks.get("network")
-    if not isinstance(config, _KINDS[tool]) or not weights_path(folder, "network").is_file():
+    if not isinstance(config, _KINDS[tool]) or defer_part(folder, spec, "network") is None:
         raise ValueError(f"--{tool}: {folder} holds {spec.arch}, expected {_ARCHS[tool]}")
 
 
+def width_of(folder: Path) -> int:
+    """How many features the network in a folder of tools gives."""
+    config = read_tools(folder)[0].networks["network"]
+    return config.width if isinstance(config, VGGConfig) else INCEPTION_WIDTH
+
+
 _ARCHS = {"inception": "inception-fid", "vgg": "vgg16"}
+INCEPTION_WIDTH = 2048  # of pool3
 
 
 @torch.no_grad()
@@ -187,55 +194,48 @@ def of_files(
     files: Sequence[Path],
     protocol: str,
     tool: Path,
-    batch: int = 32,
-    device: str | torch.device = "cpu",
-) -> Features:
-    """Features of picture files by the network in a folder of tools."""
-    network = load_tools(tool, str(device), torch.float32)["network"]
-    rows = extract(files, protocol, network, batch, device)
-    return Features.of(rows, protocol, _source(files))
-
-
-def _source(files: Sequence[Path]) -> str:
-    return f"{len(files)} pictures of {files[0].parent}"
-
-
-def of_folder(
-    folder: Path,
-    protocol: str,
-    tool: Path,
     cache: Path | None = None,
     batch: int = 32,
     device: str | torch.device = "cpu",
 ) -> Features:
-    """Features of all pictures of a folder, kept in a folder `cache` and taken from there.
+    """Features of picture files of a folder, kept in a folder `cache` and taken from there.
 
     Raises ValueError if the cache holds features of other pictures, or by other weights.
     """
-    files = picture_files(folder)
+    if cache is None:
+        network = load_tools(tool, str(device), torch.float32)["network"]
+        rows = extract(files, protocol, network, batch, device)
+        return Features.of(rows, protocol, _source(files))
     provenance = {
         "protocol": protocol,
         "network": read_tools(tool)[0].arch,
         "weights": file_sha256(weights_path(tool, "network")),
-        "source": folder.resolve().name,
+        "source": files[0].parent.resolve().name,
         "count": str(len(files)),
         "files": _names_and_sizes(files),
     }
-    if cache is None:
-        return of_files(files, protocol, tool, batch, device)
-    path = cache / f"{provenance['source']}-{protocol}.safetensors"
+    path = kept_at(cache, files, protocol)
     if path.exists():
         there = _metadata(path)
         other = [key for key, value in provenance.items() if there.get(key) != value]
         if other:
             raise ValueError(
                 f"{path} was made from something else ({', '.join(other)} differ): remove it, or "
-                "give another --cache"
+                "give another folder"
             )
         return dataclasses.replace(read_features(path), source=_source(files))
-    features = of_files(files, protocol, tool, batch, device)
+    features = of_files(files, protocol, tool, None, batch, device)
     write_features(path, features, provenance)
     return features
+
+
+def kept_at(cache: Path, files: Sequence[Path], protocol: str) -> Path:
+    """Where the features of pictures are kept: under the name of their folder."""
+    return cache / f"{files[0].parent.resolve().name}-{protocol}.safetensors"
+
+
+def _source(files: Sequence[Path]) -> str:
+    return f"{len(files)} pictures of {files[0].parent}"
 
 
 def _names_and_sizes(files: Sequence[Path]) -> str:
@@ -277,12 +277,16 @@ def read_features(path: Path) -> Features:
                 raise ValueError(
                     f"{path}: features must be floats [n d], got {rows.dtype} {list(rows.shape)}"
                 )
-            return Features.of(rows.float(), protocol, f"{len(rows)} rows of {path}")
+            rows = rows if rows.dtype == torch.float64 else rows.float()
+            return Features.of(rows, protocol, f"{len(rows)} rows of {path}")
         if not {"mean", "covariance"} <= names:
             raise ValueError(f"{path} holds neither features nor mean and covariance")
         mean, covariance = file.get_tensor("mean"), file.get_tensor("covariance")
     try:
-        count = int(metadata.get("count", ""))
+        said = metadata.get("count", "")
+        if not said.isdecimal():
+            raise ValueError(f"its metadata must have the count of rows, got {said!r}")
+        count = int(said)
         stats = FeatureStats.from_moments(mean, covariance, count)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -290,6 +294,8 @@ def read_features(path: Path) -> Features:
 
 
 def _metadata(path: Path) -> dict[str, str]:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}

@@ -34,7 +34,8 @@ class FeatureStats:
     def from_moments(cls, mean: Tensor, covariance: Tensor, count: int) -> FeatureStats:
         """The statistics of `count` rows with that mean [d] and unbiased covariance [d d].
 
-        Raises ValueError for other shapes, values that are not finite, or fewer than two rows.
+        Raises ValueError for other shapes, values that are not finite, fewer than two rows, and
+        what no covariance can be: not symmetric, or with a negative variance.
         """
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(
@@ -45,9 +46,15 @@ class FeatureStats:
             raise ValueError(f"a covariance needs 2 rows of features or more, got {count}")
         if not bool(mean.isfinite().all() and covariance.isfinite().all()):
             raise ValueError("mean and covariance must be finite, got NaN or infinite values")
+        covariance = covariance.double()
+        skew, largest = (covariance - covariance.T).abs().max(), covariance.abs().max()
+        if bool(skew > 1e-5 * largest):
+            raise ValueError("a covariance must be symmetric: is it one of its triangles?")
+        if bool((covariance.diagonal() < 0).any()):
+            raise ValueError("a covariance must have no negative variance on its diagonal")
         stats = cls(len(mean))
         stats.count, stats.mean = count, mean.double()
-        stats._scatter = covariance.double() * (count - 1)
+        stats._scatter = covariance * (count - 1)
         return stats
 
     def update(self, features: Tensor) -> None:

@@ -98,6 +98,11 @@ def read_prompts(folder: Path) -> dict[str, list[str]]:
     return {style: read_list(folder / f"{style}.json") for style in STYLES}
 
 
+def is_text(value: object) -> bool:
+    """Whether it is a text that can be encoded: JSON may hold halves of surrogates."""
+    return isinstance(value, str) and not any(0xD800 <= ord(c) <= 0xDFFF for c in value)
+
+
 def read_list(path: Path) -> list[str]:
     """A JSON list of texts. Raises ValueError, naming the file, for anything else."""
     try:
@@ -106,6 +111,6 @@ def read_list(path: Path) -> list[str]:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, list) or not found or not all(isinstance(t, str) for t in found):
+    if not isinstance(found, list) or not found or not all(map(is_text, found)):
         raise ValueError(f"{path} is no JSON list of prompts")
     return found

@@ -28,7 +28,7 @@ from snoopi.evaluate.picture_sets import Row, open_picture, picture_files
 from snoopi.evaluate.precision_recall import precision_recall
 from snoopi.evaluate.removal import Generate, RemovalTest
 from snoopi.evaluate.world import REAL_PER_PROMPT, Quality, Ruler
-from snoopi.folders import Clip, load_clip, read_tools, weights_path
+from snoopi.folders import Clip, defer_part, load_clip, load_tokenizer, read_tools
 from snoopi.noise import Noise
 
 
@@ -117,7 +117,7 @@ class Bench:
     world: WorldBench | None = None
     switches: Switches = Switches()  # frozen
     cache: Path | None = None
-    keep: Path | None = None  # where features of the pictures are written
+    keep: Path | None = None  # where features of the pictures are kept
     batch: int = 32
     device: str = "cpu"
     _made: dict[str, Any] = field(default_factory=dict)
@@ -142,7 +142,7 @@ class Bench:
 
         def make() -> Features:
             how = (self.cache, self.batch, self.device)
-            return feature_files.of_folder(folder, protocol, tool, *how)
+            return feature_files.of_files(picture_files(folder), protocol, tool, *how)
 
         return self._once(f"real {protocol}", make)
 
@@ -161,11 +161,7 @@ class Bench:
     def _extract(self, protocol: str) -> Features:
         tool = self.tools[PROTOCOLS[protocol].tool]
         files = [row.file for row in self.rows]
-        found = feature_files.of_files(files, protocol, tool, self.batch, self.device)
-        if self.keep:
-            path = self.keep / f"generated-{protocol}.safetensors"
-            feature_files.write_features(path, found)
-        return found
+        return feature_files.of_files(files, protocol, tool, self.keep, self.batch, self.device)
 
     def _judge(self) -> tuple[Quality, Tensor]:
         assert self.world is not None
@@ -224,15 +220,16 @@ def _kid(bench: Bench) -> Result:
 def _pr(bench: Bench) -> Result:
     if bench.world:
         quality, features = bench.quality()
-        pair, n = (quality.precision, quality.recall), quality.n
+        pair, counts = (quality.precision, quality.recall), (quality.n, quality.n)
         words = f"{_judge_words(features)}, k = 3, against one real picture of each prompt"
         details: dict[str, Any] = {}
     else:
         protocol, k = bench.switches.pr_protocol(), bench.switches.pr_k
         fake, real = bench.generated(protocol), bench.real(protocol)
-        pair, n = precision_recall(_rows(real), _rows(fake), k), fake.count
+        pair, counts = precision_recall(_rows(real), _rows(fake), k), (fake.count, real.count)
         words, details = f"{_words(fake, real)}; k = {k}", _against(real)
-    figures = {name: Figure(v, n) for name, v in zip(("precision", "recall"), pair, strict=True)}
+    names = ("precision", "recall")  # shares of the pictures, and of the real ones
+    figures = {m: Figure(v, n) for m, v, n in zip(names, pair, counts, strict=True)}
     return Result(figures, words, details)
 
 
@@ -255,6 +252,8 @@ def _clip(bench: Bench) -> Result:
     negative = [i for i in every if bench.rows[i].negative]
     if negative:
         add("clip_negative", negative, [bench.rows[i].negative or "" for i in negative])
+        texts = {bench.rows[i].negative for i in negative}
+        details["negative"] = texts.pop() if len(texts) == 1 else f"{len(texts)} texts"
     first = f"centre crop, LANCZOS to {how.clip_first}, then " if how.clip_first else ""
     words = f"cosine (not x100), {_arch(bench, 'clip')}, texts behind {how.prefix!r}; {first}"
     return Result(figures, f"{words}CLIP's preprocessing by PIL, fp32", details)
@@ -282,11 +281,12 @@ def _hpsv2(bench: Bench) -> Result:
         for style, (mean, _) in table.items()
     }
     details["group_std"] = {style: std for style, (_, std) in table.items()}
-    return Result(figures, f"{words}; means of {hpsv2.GROUPS} groups a style", details)
+    groups = min(hpsv2.GROUPS, *(counts[style] for style in scores))
+    return Result(figures, f"{words}; means of {groups} groups a style", details)
 
 
 def _removal(bench: Bench) -> Result:
-    return _world_removal(bench.world) if bench.world else _clip_removal(bench)
+    return _world_removal(bench.world, bench.batch) if bench.world else _clip_removal(bench)
 
 
 def _clip_removal(bench: Bench) -> Result:
@@ -321,7 +321,7 @@ def _clip_removal(bench: Bench) -> Result:
     return Result(figures, words, {**_tool(bench, "clip"), "pairs": table})
 
 
-def _world_removal(bench: WorldBench) -> Result:
+def _world_removal(bench: WorldBench, batch: int) -> Result:
     assert bench.generate is not None
     generate, ruler = bench.generate, bench.ruler
 
@@ -329,12 +329,15 @@ def _world_removal(bench: WorldBench) -> Result:
         return generate(prompts, None, indices)
 
     test = RemovalTest(
-        unguided, ruler.judge, ruler.world, Noise(bench.seed), count=bench.count, split="held-out"
-    )
+        unguided, ruler.judge, ruler.world, Noise(bench.seed),
+        count=bench.count, split="held-out", batch=batch,
+    )  # fmt: skip
     report = test.measure(generate)
     figures = {}
     for kind in ("easy", "targeted"):
         total = report.tables()[kind]["total"]
+        if not total["n"]:
+            continue  # the judge reads nothing in any picture
         before = Rate.of(round(total["free_before"] * total["n"]), total["n"])
         figures[f"{kind} before"] = Figure(before.free, before.n, before.low, before.high)
         low, high = total["free_low"], total["free_high"]
@@ -342,7 +345,8 @@ def _world_removal(bench: WorldBench) -> Result:
         for name in ("keep", "same"):
             if total[name] is not None:
                 low, high = total[f"{name}_low"], total[f"{name}_high"]
-                figures[f"{kind} {name}"] = Figure(total[name], total["n"], low, high)
+                counted = total["named" if name == "keep" else "others"]
+                figures[f"{kind} {name}"] = Figure(total[name], counted, low, high)
     words = (
         f"share of pictures free of the negative, by the {ruler.world.name} world's judge, "
         f"{bench.count} held-out prompts an attribute; easy: a random negative, targeted: what the "
@@ -396,6 +400,9 @@ def measure(
 # --- what they need -------------------------------------------------------------------------------
 
 
+_LEAST = 4  # pictures that a world's judge takes all its figures of
+
+
 def names(text: str) -> list[str]:
     """Metrics from a list with commas. Raises ValueError for an unknown one, or none."""
     found = list(dict.fromkeys(filter(None, (part.strip() for part in text.split(",")))))
@@ -416,6 +423,8 @@ def check(metrics: Sequence[str], bench: Bench) -> None:
     for name in metrics:
         if name in ("fid", "kid", "pr") and bench.world is None:
             _check_distance(name, bench)
+        if name in ("fid", "kid", "pr", "named") and bench.world and bench.count < _LEAST:
+            raise ValueError(f"{name}: a world needs {_LEAST} pictures or more, got {bench.count}")
         if name == "kid":
             have, real = bench.count, bench.reference
             if isinstance(real, Path):
@@ -455,6 +464,8 @@ def _check_distance(name: str, bench: Bench) -> None:
     if bench.reference is None:
         raise ValueError(f"{name}: --reference must name real pictures, or a file of features")
     least = bench.switches.pr_k + 1 if name == "pr" else 2
+    if bench.keep and bench.features is None:
+        _check_kept(bench.keep, bench.rows, protocol)
     for what, given in (("--features", bench.features), ("--reference", bench.reference)):
         if isinstance(given, Features):
             if name != "fid" and given.rows is None:
@@ -479,15 +490,28 @@ def _check_alike(name: str, protocol: str, bench: Bench) -> None:
     fake, real = bench.features, bench.reference
     sides = [given for given in (fake, real) if isinstance(given, Features)]
     stated = [side.protocol for side in sides if side.protocol]
-    if len(sides) < 2:
+    asked = name == "pr" and (bench.switches.bgr or bench.switches.pr_features != "inception")
+    if len(sides) < 2 or asked:
         stated.append(protocol)
+    if asked and len(sides) == 2 and not all(side.protocol for side in sides):
+        raise ValueError(f"{name}: {protocol} asked for, and the files do not say theirs")
     if len(set(stated)) > 1:
-        first, second = stated[:2]
+        first, second = list(dict.fromkeys(stated))[:2]
         raise ValueError(f"{name}: {first} and {second} features cannot be compared")
-    if len(sides) == 2 and sides[0].width != sides[1].width:
+    widths = [side.width for side in sides]
+    if len(sides) == 1:
+        widths.append(feature_files.width_of(bench.tools[PROTOCOLS[protocol].tool]))
+    if len(set(widths)) > 1:
         raise ValueError(
-            f"{name}: features of {sides[0].width} and {sides[1].width} values cannot be compared"
+            f"{name}: features of {widths[0]} and {widths[1]} values cannot be compared"
         )
+
+
+def _check_kept(folder: Path, rows: Sequence[Row], protocol: str) -> None:
+    """ValueError for kept features of pictures that are not drawn yet: they are of others."""
+    path = feature_files.kept_at(folder, [row.file for row in rows], protocol)
+    if path.exists() and not all(row.file.is_file() for row in rows):
+        raise ValueError(f"{path} is of other pictures: remove it, or give another folder")
 
 
 def _check_texts(name: str, rows: Sequence[Row]) -> None:
@@ -499,10 +523,13 @@ def _check_texts(name: str, rows: Sequence[Row]) -> None:
 def _check_clip(name: str, tool: str, bench: Bench) -> None:
     if tool not in bench.tools:
         raise ValueError(f"{name}: --{tool} must name a folder of tools with a CLIP")
-    spec, _ = read_tools(bench.tools[tool])
-    parts = [p for p in spec.parts() if weights_path(bench.tools[tool], p).is_file()]
-    if not {"image_encoder", "text_encoder"} <= set(parts):
-        raise ValueError(f"--{tool}: {bench.tools[tool]} holds {spec.arch}, not a CLIP")
+    folder = bench.tools[tool]
+    spec, _ = read_tools(folder)
+    towers = {"image_encoder", "text_encoder"} <= set(spec.parts())
+    if not towers or any(defer_part(folder, spec, part) is None for part in spec.parts()):
+        raise ValueError(f"--{tool}: {folder} holds {spec.arch}, not a CLIP")
+    if load_tokenizer(folder, spec, 0) is None:
+        raise ValueError(f"--{tool}: {folder} holds no tokenizer")
 
 
 def _check_version(bench: Bench) -> None:
@@ -525,9 +552,12 @@ def _rows(features: Features) -> Tensor:
 
 
 def _words(fake: Features, real: Features) -> str:
-    known = PROTOCOLS.get(fake.protocol or real.protocol)
-    words = known.words if known else f"features of unknown protocol ({fake.width} values)"
-    return f"{words}; against {real.source}"
+    said = []
+    for side in (fake, real):
+        known = PROTOCOLS.get(side.protocol)
+        said.append(known.words if known else f"features of unknown protocol ({side.width} values)")
+    words = " against ".join(dict.fromkeys(said))
+    return f"{words}; {fake.source} against {real.source}"
 
 
 def _against(real: Features) -> dict[str, Any]:

@@ -37,6 +37,7 @@ METHODS: dict[str, Callable[[float], float]] = {
     "embed-sub": lambda s: s,
     "cfg": lambda s: 1 + s,
 }
+WEAKER = (1 / 32, 1 / 16, 1 / 8)  # multipliers tried where none of the search's keeps enough
 BASELINES = ("embed-sub", "cfg")  # what is not negative attention
 
 
@@ -121,11 +122,9 @@ def guidance_table(
         if name not in METHODS:
             raise ValueError(f"unknown method {name!r}: expected some of {', '.join(METHODS)}")
     search = Search(pipeline, count, batch, world)
-    found = {}
-    for name in methods:
-        scales = [METHODS[name](s) for s in multipliers]
-        found[name] = search.method(name, scales, partial(drawer, pipeline, name))
-    return GuidanceTable(found)
+    return GuidanceTable(
+        {m: search.method(m, multipliers, partial(drawer, pipeline, m)) for m in methods}
+    )
 
 
 class Search:
@@ -154,10 +153,21 @@ class Search:
         return self._tuning()
 
     def method(
-        self, name: str, scales: Sequence[float], at_seed: Callable[[int], ByScale]
+        self, name: str, multipliers: Sequence[float], at_seed: Callable[[int], ByScale]
     ) -> Method:
-        """A method at the best of its strengths. at_seed: its pictures by the seed of the noise."""
-        choice = self.tuning.choose_scale(at_seed(TUNING_SEED), scales, KEEP_BOUND)
+        """A method at the best of its strengths. at_seed: its pictures by the seed of the noise.
+
+        Where every one of them breaks the bound, weaker ones are tried. A name that METHODS lacks
+        has its multipliers for strengths.
+        """
+        scale_of, by_scale = METHODS.get(name, float), at_seed(TUNING_SEED)
+
+        def choose(tried: Sequence[float]) -> Choice:
+            return self.tuning.choose_scale(by_scale, [scale_of(s) for s in tried], KEEP_BOUND)
+
+        choice = choose(multipliers)
+        if not choice.met:
+            choice = choose([*WEAKER, min(multipliers)])
         report = self.reporting.measure(at_seed(EVALUATION_SEED)(choice.scale))
         return Method(name, choice, report)
 

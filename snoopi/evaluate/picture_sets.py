@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -66,7 +67,9 @@ class How:
 
 def natural(name: str) -> list[tuple[int, str]]:
     """A sort key in which 2.png comes before 10.png."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+    ]
 
 
 def picture_files(folder: Path) -> list[Path]:
@@ -77,6 +80,7 @@ def picture_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is {'a file' if folder.exists() else 'not there'}, no folder")
     found = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "."]
+    found = [p for p in found if p.is_file()]
     if not found:
         raise ValueError(f"{folder} holds no picture: expected files {', '.join(SUFFIXES)}")
     return sorted(found, key=lambda path: natural(path.name))
@@ -88,14 +92,16 @@ def found_rows(
     """The first `num` pictures of a folder with their texts.
 
     The texts are those given, in natural order of the files' names, else those of the folder's
-    prompts.jsonl, else unknown. Raises ValueError if there are fewer pictures than asked for, or
-    another number of prompts.
+    prompts.jsonl, else unknown; a negative that is given is every picture's. Raises ValueError if
+    there are fewer pictures than asked for, or another number of prompts.
     """
     if prompts is None and (folder / PROMPTS).is_file():
         rows = [row for row in read_rows(folder) if row.file.parent == folder]
         lost = next((row.file for row in rows[:num] if not row.file.is_file()), None)
         if lost:
             raise ValueError(f"{lost} is not there, but in {folder / PROMPTS}: draw it first")
+        if negative is not None:
+            rows = [row._replace(negative=negative) for row in rows]
     else:
         files = picture_files(folder)
         if prompts is not None and num is None and len(prompts) != len(files):
@@ -126,6 +132,8 @@ def read_rows(folder: Path) -> list[Row]:
         try:
             data = json.loads(line)
             name, prompt, negative = data["file"], data["prompt"], data["negative"]
+            if not all(isinstance(text, str | None) for text in (prompt, negative)):
+                raise TypeError
         except (ValueError, TypeError, KeyError, RecursionError):
             raise ValueError(f"{path}, line {number}: no file, prompt and negative") from None
         if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
@@ -139,9 +147,16 @@ def open_picture(path: Path) -> Image.Image:
     try:
         with Image.open(path) as picture:
             picture.load()
-            return picture
+            # PIL's own conversion of 16 bits cuts them off at 255.
+            return _bytes(picture) if picture.mode.startswith("I") else picture
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no readable picture: {error}") from None
+
+
+def _bytes(picture: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits in 8."""
+    values = np.asarray(picture).astype(np.float64) / 257
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
 def batches(

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from snoopi.data import TextFile
-from snoopi.evaluate.hpsv2 import read_list
+from snoopi.evaluate.hpsv2 import is_text, read_list
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -28,9 +28,9 @@ def read_prompts(path: Path) -> list[str]:
     except (ValueError, TypeError, KeyError, RecursionError):
         return read_list(path)
     if not isinstance(found, list) or not found or not all(map(_is_label, found)):
-        raise ValueError(f"{path}: labels must be a list of [file, caption]")
+        raise ValueError(f"{path}: labels must be a list of [file, caption] texts")
     return [caption for _, caption in found]
 
 
 def _is_label(row: object) -> bool:
-    return isinstance(row, list) and len(row) == 2 and isinstance(row[1], str)
+    return isinstance(row, list) and len(row) == 2 and is_text(row[1])

@@ -5,7 +5,8 @@ attribute, chosen in one of two ways:
 
     easy       at random, as in the paper: most pictures are free of it without any guidance
     targeted   the value the same noise shows without guidance: no picture is free of it before
-               (where it shows none of the attribute's values, the easy negative stands in)
+               (where it shows none of the attribute's values, there is nothing to remove: the
+               case counts in no rate)
 
 A removal is worth little if the rest of the picture goes with it, so every figure comes with what
 was kept: the attributes that the prompt names (keep), those that nobody named but the picture
@@ -41,10 +42,14 @@ REAL_PER_PROMPT = 4  # real pictures behind a Frechet reference, for each prompt
 class Removal:
     """Rates in [0, 1] over n pictures with Wilson 95 % intervals; None: there was nothing to count.
 
-    keep and same count attributes, several a picture: their intervals take these for independent.
+    keep and same count attributes, `named` and `others` of them, several a picture: their intervals
+    take these for independent. keep_ratio: right after over right before. Of no pictures free is 0
+    and its interval all there is.
     """
 
     n: int
+    named: int
+    others: int
     free: float  # pictures that do not show the negative's value
     free_low: float
     free_high: float
@@ -139,15 +144,17 @@ class _Tally:
         return _Tally(**{key: mine[key] + theirs[key] for key in mine})
 
     def rates(self) -> Removal:
-        low, high = wilson(self.free, self.n)
+        low, high = wilson(self.free, self.n) if self.n else (0.0, 1.0)
         keep_low, keep_high = _interval(self.right, self.named)
         same_low, same_high = _interval(self.unchanged, self.others)
         return Removal(
             n=self.n,
-            free=self.free / self.n,
+            named=self.named,
+            others=self.others,
+            free=self.free / max(1, self.n),
             free_low=low,
             free_high=high,
-            free_before=self.free_before / self.n,
+            free_before=self.free_before / max(1, self.n),
             keep=_share(self.right, self.named),
             keep_low=keep_low,
             keep_high=keep_high,
@@ -324,7 +331,7 @@ class RemovalTest:
 
     def _rates(self, reads: Sequence[_Read], kind: str) -> dict[str, Removal]:
         tallies = {
-            case.attribute: _count(self.world, case, case.negatives[kind], read.labels)
+            case.attribute: _count(self.world, case, kind, read.labels)
             for case, read in zip(self._cases, reads, strict=True)
         }
         total = sum(tallies.values(), _Tally())
@@ -368,20 +375,24 @@ def _named(world: World, prompts: Sequence[str]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).view(len(prompts), len(world.attributes))
 
 
-def _count(world: World, case: _Case, values: Tensor, after: Tensor) -> _Tally:
+def _count(world: World, case: _Case, kind: str, after: Tensor) -> _Tally:
     column = list(world.attributes).index(case.attribute)
-    asked = case.named >= 0
-    others = ~asked & (case.before.labels >= 0)
+    before, named, values = case.before.labels, case.named, case.negatives[kind]
+    if kind == "targeted":
+        shown = before[:, column] >= 0
+        before, named, values, after = before[shown], named[shown], values[shown], after[shown]
+    asked = named >= 0
+    others = ~asked & (before >= 0)
     others[:, column] = False
     return _Tally(
         n=len(values),
         free=int((after[:, column] != values).sum()),
-        free_before=int((case.before.labels[:, column] != values).sum()),
+        free_before=int((before[:, column] != values).sum()),
         named=int(asked.sum()),
-        right=int((after == case.named)[asked].sum()),
-        right_before=int((case.before.labels == case.named)[asked].sum()),
+        right=int((after == named)[asked].sum()),
+        right_before=int((before == named)[asked].sum()),
         others=int(others.sum()),
-        unchanged=int((after == case.before.labels)[others].sum()),
+        unchanged=int((after == before)[others].sum()),
     )
 
 

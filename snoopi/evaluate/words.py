@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from snoopi import arguments, errors, worlds
 from snoopi.evaluate import hpsv2, measure, pairs
 from snoopi.evaluate.clip_score import PREFIX, SIZE
 from snoopi.evaluate.measure import Switches
+from snoopi.evaluate.picture_sets import MANIFEST, PROMPTS, SUFFIXES
 from snoopi.pipeline import MODES
 
 
@@ -63,7 +65,7 @@ def _drawing_words(add: Callable[..., Any]) -> None:
         "--scale",
         type=arguments.scale,
         metavar="S[,S...]",
-        help="strength of the guidance; None: the model's, and for removal under nasa 0.5",
+        help="strength of the guidance; None: the model's, and for removal's pairs under nasa 0.5",
     )
     add("--steps", type=int, help="sampler steps; None: the model's")
     add("--size", metavar="HxW", help="size in pixels; None: the model's")
@@ -87,7 +89,7 @@ def _protocol_words(add: Callable[..., Any]) -> None:
     )
     add("--features", type=Path, metavar="FILE", help="features of the pictures, as a .safetensors")
     add("--cache", type=Path, metavar="FOLDER", help="keep features of the reference there")
-    add("--save-features", type=Path, metavar="FOLDER", help="write features of the pictures there")
+    add("--save-features", type=Path, metavar="FOLDER", help="keep features of the pictures there")
     add("--kid-subsets", type=int, default=Switches.kid_subsets, metavar="N", help="of kid")
     add("--kid-size", type=int, default=Switches.kid_size, metavar="N", help="pictures of a subset")
     add(
@@ -122,34 +124,90 @@ def _protocol_words(add: Callable[..., Any]) -> None:
     )
 
 
-def check(options: argparse.Namespace) -> None:
+# Switches by the metrics that read them: given with others alone they would be given in vain.
+_READ_BY = {
+    ("kid_subsets", "kid_size"): ("kid",),
+    ("pr_features", "pr_k", "bgr"): ("pr",),
+    ("clip_prefix",): ("clip",),
+    ("clip_first",): ("clip", "removal"),
+    ("hps_version", "hps_prompts", "hps_antialias", "hps_jpeg"): ("hpsv2",),
+    ("pairs", "removal_count"): ("removal",),
+    ("prompts", "num", "negative"): ("fid", "kid", "pr", "clip", "named", "hpsv2"),
+    ("reference", "features", "cache", "save_features"): ("fid", "kid", "pr"),
+}
+
+
+def given(options: argparse.Namespace, name: str) -> bool:
+    """Whether an option has another value than it has by itself."""
+    return bool(getattr(options, name) != parser().get_default(name))
+
+
+def flag(name: str) -> str:
+    """An option as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check(options: argparse.Namespace, metrics: Sequence[str]) -> None:
     """ValueError for what is known to be wrong before anything is read."""
+    for names, readers in _READ_BY.items():
+        for name in names:
+            if given(options, name) and not set(metrics) & set(readers):
+                raise ValueError(f"{flag(name)} is for {', '.join(readers)}: leave it out")
+    _check_features(options)
+    _check_json(options.json)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no CUDA device")
     for name in ("num", "batch", "kid_subsets", "pr_k", "removal_count", "steps"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+            raise ValueError(f"{flag(name)} must be at least 1, got {value}")
     if options.kid_size < 2:
         raise ValueError(f"--kid-size must be at least 2, got {options.kid_size}")
     if not 0 <= options.hps_jpeg <= 95:
         raise ValueError(f"--hps-jpeg must be from 1 to 95, or 0 for none, got {options.hps_jpeg}")
+    if options.clip_first < 0:
+        raise ValueError(f"--clip-first must be 0 or more, got {options.clip_first}")
     if not 0 <= options.seed < 2**63:
         raise ValueError(f"--seed must be from 0 to 2^63 - 1, got {options.seed}")
-    if options.json and options.json.is_dir():
-        raise ValueError(f"--json must be a file, got the folder {options.json}")
     for name in ("out", "cache", "save_features"):
         path = getattr(options, name)
         if path and path.exists() and not path.is_dir():
-            raise ValueError(f"--{name.replace('_', '-')} must be a folder, got the file {path}")
+            raise ValueError(f"{flag(name)} must be a folder, got the file {path}")
     for path in filter(None, (options.json, options.out, options.cache, options.save_features)):
         above = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not os.access(above, os.W_OK) or (above != path and not above.is_dir()):
             raise ValueError(f"cannot write {path}: {above} is no folder that can be written to")
     if options.world and (options.pr_k != 3 or options.bgr or options.pr_features != "inception"):
         raise ValueError("--pr-k, --pr-features and --bgr: a world's judge has its own features")
-    if options.world and (options.reference or options.features or options.prompts):
-        raise ValueError(
-            "--world has prompts and real pictures of its own: leave --prompts, --reference and "
-            "--features out"
-        )
+    if options.world:
+        for name in ("prompts", "reference", "features", "pairs", "cache", "save_features"):
+            if getattr(options, name):
+                what = "prompts, real pictures and a judge of its own"
+                raise ValueError(f"--world has {what}: leave {flag(name)} out")
+
+
+def _check_features(options: argparse.Namespace) -> None:
+    """ValueError for folders of features that nothing would be kept in, and rows left out."""
+    if options.features and options.save_features:
+        raise ValueError("--save-features: the features are there (--features)")
+    if options.features and options.num is not None:
+        raise ValueError("--num: every row of --features is measured")
+    if options.cache and options.reference and options.reference.is_file():
+        raise ValueError(f"--cache: the reference is a file of features, {options.reference}")
+
+
+def _check_json(path: Path | None) -> None:
+    """ValueError if the report would take the place of anything but an earlier report."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"--json must be a file, got the folder {path}")
+    if path.name in (MANIFEST, PROMPTS) or path.suffix.lower() in SUFFIXES:
+        raise ValueError(f"--json: {path.name} is a name of a set of pictures: give another")
+    if path.is_file() and path.stat().st_size:
+        try:
+            there = json.loads(path.read_bytes())
+        except (ValueError, RecursionError):
+            there = None
+        if not (isinstance(there, dict) and "metrics" in there):
+            raise ValueError(f"--json: {path} holds something else: remove it, or give another")

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 from snoopi import config as recipes
 from snoopi import errors, worlds
-from snoopi.evaluate.negatives import METHODS, GuidanceTable, guidance_table
+from snoopi.evaluate.negatives import EVALUATION_SEED, METHODS, GuidanceTable, guidance_table
 from snoopi.evaluate.world import gap_closed
 from snoopi.folders import shipped_or_path
+from snoopi.noise import Noise
 from snoopi.pictures import save_png, write_atomically
 from snoopi.pipeline import load
 from snoopi.report import guidance_text, text_table
@@ -29,8 +30,9 @@ from snoopi.reproduce.experiments import EXPERIMENTS, WORLDS, check
 from snoopi.reproduce.jobs import Processes, Runner, finished
 from snoopi.reproduce.records import Records
 from snoopi.reproduce.strips import strips
-from snoopi.reproduce.units import Unit
+from snoopi.reproduce.units import Unit, unique
 
+SEEDS = 3
 RECORDS = Path("docs/reproduction/runs.jsonl")
 RECIPES = ("pgsb_shapes", "pgsb_shapes_gap")
 FIGURES = ("all_right", "frechet", "gap_closed", "recall", "precision")  # of summary.json's "end"
@@ -82,7 +84,7 @@ def _experiments(options: argparse.Namespace) -> None:
             for name in names
             for unit in EXPERIMENTS[name].units(options.world, records, seeds)
         ]
-        return [unit for unit in dict.fromkeys(units) if only.search(unit.describe())]
+        return [unit for unit in unique(units) if only.search(unit.describe())]
 
     def missing() -> list[Unit]:
         return [unit for unit in wanted() if unit not in records]
@@ -110,6 +112,8 @@ def _experiments(options: argparse.Namespace) -> None:
     print(f"wrote {path}")
     if options.markdown:
         command = f"python -m snoopi.reproduce {options.experiment} --world {options.world}"
+        if options.seeds != SEEDS:
+            command += f" --seeds {options.seeds}"
         text = book.as_markdown(found, f"{command} --draw --markdown {options.markdown}")
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(options.markdown, text.encode())
@@ -130,6 +134,12 @@ def _recipes(options: argparse.Namespace) -> None:
         if config.run.method != "vsd" or not config.evaluate.prompts:
             raise ValueError(f"{name}: expected a recipe that distils and evaluates a student")
     keys = [RunKey(name, seed) for name in names for seed in options.seeds]
+    against = {(config.model.teacher, config.data.world) for config in configs.values()}
+    if len(against) > 1:
+        raise ValueError(
+            "recipes are compared on one world under one teacher, got "
+            + " and ".join(f"{teacher} ({world})" for teacher, world in sorted(against))
+        )
     runner = _Recipes(options.out, options.jobs, overrides)
     for teacher in dict.fromkeys(config.model.teacher for config in configs.values()):
         runner.processes.teacher(teacher, options.out)
@@ -207,11 +217,20 @@ def _recipe_text(results: Mapping[str, Any]) -> str:
 def _guidance(options: argparse.Namespace) -> None:
     if options.count < 1:
         raise ValueError(f"--count must be at least 1, got {options.count}")
+    if min(options.scales) <= 0:
+        raise ValueError(f"--scales must be above 0, got {min(options.scales):g}")
     pipeline = load(shipped_or_path(options.model), optimize="auto")
+    world = worlds.build(options.world)
+    texts = world.prompts(Noise(EVALUATION_SEED), options.count, "held-out")
+    for tokenizer in filter(None, pipeline.tokenizers):
+        if unknown := sorted({word for text in texts for word in tokenizer.unknown(text)}):
+            raise ValueError(
+                f"{options.model} does not know words of the {options.world} world "
+                f"({', '.join(unknown[:5])}): another --world?"
+            )
     table = guidance_table(
-        pipeline, options.scales, options.count, options.batch, options.methods,
-        worlds.build(options.world),
-    )  # fmt: skip
+        pipeline, options.scales, options.count, options.batch, options.methods, world
+    )
     print(f"\n{_guidance_text(table)}\n")
     results = {
         "free_before": table.free_before,
@@ -248,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
         text = "all experiments of the world" if name == "all" else EXPERIMENTS[name].title
         kind = kinds.add_parser(name, help=text, description=text, formatter_class=default)
         kind.add_argument("--world", choices=list(WORLDS), default="shapes")
-        kind.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ...")
+        kind.add_argument("--seeds", type=int, default=SEEDS, help="how many: 0, 1, ...")
         text = "run units whose line in --dry-run matches this regular expression"
         kind.add_argument("--only", metavar="PATTERN", default="", help=text)
         kind.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="runs, report")

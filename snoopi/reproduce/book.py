@@ -66,17 +66,28 @@ def _shown(table: Table, records: Records, seeds: Sequence[int]) -> Shown:
     }
     headers = ["arm", "seeds", *(column.title for column in table.columns)]
     rows = [
-        [name, str(len(found)), *(_cell(_values(found, c.key), c) for c in table.columns)]
+        [name, _count(found), *(_cell(_values(found, c.key), c) for c in table.columns)]
         for name, found in figures.items()
     ]
     verdicts = []
     for claim in table.claims:
-        left = _values(figures[claim.left], claim.figure)
-        right = (
-            _values(figures[claim.right], claim.figure) if claim.right else dict.fromkeys(left, 0.0)
-        )
+        left = _values(_matched(figures[claim.left]), claim.figure)
+        right = dict.fromkeys(left, 0.0)
+        if claim.right:
+            right = _values(_matched(figures[claim.right]), claim.figure)
         verdicts.append((claim, judge(left, right, claim.sign)))
     return Shown(table, headers, rows, verdicts, list(_plots(table, figures)))
+
+
+def _matched(figures: Mapping[int, Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+    """The seeds on which a search, where there was one, found a strength that keeps enough."""
+    return {seed: row for seed, row in figures.items() if row.get("within_bound", True)}
+
+
+def _count(figures: Mapping[int, Mapping[str, Any]]) -> str:
+    """How many seeds, and on how many no strength kept enough."""
+    missed = len(figures) - len(_matched(figures))
+    return f"{len(figures)} ({missed} keep too little)" if missed else str(len(figures))
 
 
 def _values(figures: Mapping[int, Mapping[str, Any]], key: str) -> dict[int, float]:

@@ -16,7 +16,7 @@ from snoopi import config as recipes
 from snoopi.config import Config
 from snoopi.folders import shipped
 from snoopi.reproduce.records import Records
-from snoopi.reproduce.units import Teacher, Train, Unit, students
+from snoopi.reproduce.units import Teacher, Train, Unit, students, unique
 from snoopi.runlog import read
 
 T = TypeVar("T")
@@ -87,7 +87,7 @@ class Runner:
 
         Raises ValueError for a process that failed.
         """
-        todo = list(dict.fromkeys(unit for unit in units if unit not in self.records))
+        todo = unique(unit for unit in units if unit not in self.records)
         runs = [run for run in students(todo) if not finished(self.out / run.folder, run.config())]
         recorded = [unit for unit in todo if isinstance(unit, Train) and unit not in runs]
         rest = [unit for unit in todo if not isinstance(unit, Train)]
@@ -120,8 +120,8 @@ class Runner:
 
     def _measure(self, unit: Unit) -> None:
         if isinstance(unit, Teacher):
-            own = self.out / unit.model / "model"
-            model = str(own) if own.is_dir() else unit.model
+            trained = str(self.out / unit.model / "model")
+            model = unit.model if unit.model in shipped() else trained
         else:
             assert not isinstance(unit, Train)
             model = str(self.model(unit.student))

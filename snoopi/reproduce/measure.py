@@ -17,7 +17,7 @@ from torch import Tensor
 
 from snoopi import config as recipes
 from snoopi import errors
-from snoopi.evaluate.negatives import EVALUATION_SEED, METHODS, Search, drawer
+from snoopi.evaluate.negatives import EVALUATION_SEED, Search, drawer
 from snoopi.evaluate.removal import RemovalReport
 from snoopi.evaluate.world import Quality, Ruler
 from snoopi.folders import shipped_or_path
@@ -82,9 +82,7 @@ def negative_figures(unit: Negatives, pipeline: Pipeline) -> dict[str, Any]:
     if unit.scale is not None:
         report = search.reporting.measure(at_seed(EVALUATION_SEED)(unit.scale))
         return {"scale": unit.scale, **removal_figures(report)}
-    scale_of = METHODS.get(unit.method, float)
-    scales = [scale_of(s) for s in recipes.Evaluate().scales]
-    method = search.method(unit.method, scales, at_seed)
+    method = search.method(unit.method, recipes.Evaluate().scales, at_seed)
     found = {"scale": method.choice.scale, "within_bound": method.choice.met}
     return {**found, **removal_figures(method.report)}
 
@@ -94,6 +92,7 @@ def removal_figures(report: RemovalReport) -> dict[str, Any]:
     easy, targeted = report.easy["total"], report.targeted["total"]
     return {
         "n": easy.n,
+        "targeted_n": targeted.n,
         "easy_before": easy.free_before,
         "easy": easy.free,
         "easy_interval": [easy.free_low, easy.free_high],

@@ -14,7 +14,7 @@ from snoopi.errors import writing
 from snoopi.provenance import commit, machine
 from snoopi.reproduce.units import Unit
 
-KEYS = ("key", "kind", "unit", "figures")
+KEYS = ("key", "kind", "unit", "figures", "seconds", "commit", "machine")
 
 
 class Records:
@@ -72,8 +72,14 @@ class Records:
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with writing(self.path), self.path.open("ab", buffering=0) as file:
-                file.write(line)
-                os.fsync(file.fileno())
+                start, rest = file.tell(), memoryview(line)
+                try:
+                    while rest:  # a disk that is nearly full takes a part
+                        rest = rest[file.write(rest) :]
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(start)
+                    raise
             self._rows[row["key"]] = row
 
 

@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-_NORMAL = 1.960
+_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
 
 Seeds = Mapping[int, float]
 """A figure by seed."""
@@ -60,7 +63,7 @@ def difference(left: Seeds, right: Seeds) -> Difference | None:
     mean, n = statistics.fmean(pairs), len(pairs)
     if n < 2:
         return Difference(mean, math.nan, math.nan, n)
-    quantile = _T[n - 2] if n - 2 < len(_T) else _NORMAL
+    quantile = _T[min(n - 2, len(_T) - 1)]  # beyond, at most 4 % too wide
     half = quantile * statistics.stdev(pairs) / math.sqrt(n)
     return Difference(mean, mean - half, mean + half, n)
 

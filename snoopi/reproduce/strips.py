@@ -42,12 +42,12 @@ def strips(name: str, world: str, records: Records, out: Path) -> Iterator[Figur
 
 
 def _students(table: Table, world: str, runs: dict[str, Train], out: Path) -> Iterator[Figure]:
-    source = build(world)
-    prompts = source.prompts(Noise(EVALUATION_SEED), 200, "held-out")
-    chosen = pick(prompts, COLUMNS)
     there = {row: folder for row, run in runs.items() if (folder := _model(run, out)) is not None}
     if not there:
         return
+    source = build(world)
+    prompts = source.prompts(Noise(EVALUATION_SEED), 200, "held-out")
+    chosen = pick(prompts, COLUMNS)
     tiles = []
     for folder in there.values():
         pipeline = load(folder)
@@ -95,12 +95,13 @@ def _cases(world: str, pipeline: Pipeline) -> tuple[list[str], list[str], list[i
     judge = Judge.load(source)
     prompts, words, indices = [], [], []
     for column, attribute in enumerate(source.attributes):
-        cases = source.removal_cases(Noise(EVALUATION_SEED), attribute, 2)
-        own = [100 * column, 100 * column + 1]
+        cases = source.removal_cases(Noise(EVALUATION_SEED), attribute, 20)
+        own = list(range(100 * column, 100 * column + len(cases)))
         shown = _labels(pipeline, judge, cases, own)[:, column].tolist()
-        prompts += cases
-        words += [source.bare_word(attribute, max(value, 0)) for value in shown]
-        indices += own
+        for i in [i for i, value in enumerate(shown) if value >= 0][:2]:
+            prompts.append(cases[i])
+            words.append(source.bare_word(attribute, shown[i]))
+            indices.append(own[i])
     return prompts, words, indices
 
 

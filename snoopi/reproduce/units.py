@@ -1,7 +1,7 @@
 """What is trained or measured: each unit is a process, and one line of the records.
 
-A unit's key is a function of all that decides its figures, so figures that are there are not made
-again.
+A unit's key is a function of its recipe, its teacher and what is measured, so figures that are
+there are not made again. Judges, the grid of strengths and the code are not in it: a test pins them.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from snoopi import config as recipes
 from snoopi.config import Config
@@ -53,7 +53,7 @@ class Train:
         config = self.config()
         return {
             "config": recipes.identity(config, FREE),
-            "teacher": _weights(config.model.teacher),
+            "teacher": _teacher(config.model.teacher),
         }
 
     @property
@@ -97,7 +97,7 @@ class Teacher:
 
     def what(self) -> dict[str, Any]:
         """All that decides the figures."""
-        return {**asdict(self), "weights": _weights(self.model)}
+        return {**asdict(self), "weights": _teacher(self.model)}
 
     @property
     def key(self) -> str:
@@ -157,6 +157,7 @@ class Negatives:
 
 
 Unit = Train | Teacher | Negatives
+U = TypeVar("U", Train, Unit)
 
 
 def parse(kind: str, plain: dict[str, Any]) -> Unit:
@@ -176,7 +177,15 @@ def students(units: Sequence[Unit]) -> list[Train]:
     """The runs that units need, each once."""
     runs = [unit if isinstance(unit, Train) else unit.student for unit in units
             if not isinstance(unit, Teacher)]  # fmt: skip
-    return list(dict.fromkeys(runs))
+    return unique(runs)
+
+
+def unique(units: Iterable[U]) -> list[U]:
+    """Each key once: an override that says what the recipe does makes no other unit."""
+    found: dict[str, U] = {}
+    for unit in units:
+        found.setdefault(unit.key, unit)
+    return list(found.values())
 
 
 @functools.cache
@@ -186,9 +195,11 @@ def _key(unit: Unit) -> str:
 
 
 @functools.cache
-def _weights(model: str) -> str:
-    """The digest of a shipped model's weights; "" for one that is trained where it is needed."""
+def _teacher(model: str) -> str:
+    """A digest of a shipped model's weights, or of the recipe of one that is trained first."""
     if model not in shipped():
-        return ""
+        return (
+            recipes.identity(recipes.load(model), FREE)[:16] if model in recipes.recipes() else ""
+        )
     data = weights_path(shipped_or_path(model), "backbone").read_bytes()
     return hashlib.sha256(data).hexdigest()[:16]

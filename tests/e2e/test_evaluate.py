@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from commands import Warm, assert_one_line
 from PIL import Image
+from safetensors.torch import save_file
 
 from snoopi import folders, zoo
 from snoopi.evaluate import __main__ as evaluate
@@ -198,11 +200,43 @@ def test_a_folder_against_another(tools: Path, real: Path, tmp_path: Path) -> No
     figures = json.loads(out.read_text())["metrics"]["pr"]["figures"]
     assert [figures[name]["value"] for name in ("precision", "recall")] == [1, 1]
     given = (
-        *("--features", str(keep / "generated-vgg16.safetensors"), *words[:-1]),
+        *("--features", str(keep / f"{real.name}-vgg16.safetensors"), *words[:-1]),
         str(cache / f"{real.name}-vgg16.safetensors"),
     )
     assert evaluate.main((*given, "--json", str(out))) == 0
     assert json.loads(out.read_text())["metrics"]["pr"]["figures"] == figures
+
+
+def test_a_folder_was_drawn_for_one_negative_and_is_scored_for_another(
+    tools: Path, real: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p.txt").write_text("star\n" * 6)
+    found = {}
+    for negative in ("green", "blue"):
+        out = tmp_path / f"{negative}.json"
+        words = ("--metrics", "clip", "--clip", str(tools / "clip"), "--negative", negative)
+        more = ("--prompts", str(tmp_path / "p.txt"), "--json", str(out))
+        assert evaluate.main((str(real), *words, *more)) == 0
+        found[negative] = json.loads(out.read_text())["metrics"]["clip"]
+        assert found[negative]["details"]["negative"] == negative
+    values = [metric["figures"]["clip_negative"]["value"] for metric in found.values()]
+    assert values[0] != values[1]
+
+
+def test_a_report_takes_the_place_of_nothing_but_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, out = tmp_path / "kept.safetensors", tmp_path / "out.json"
+    save_file({"features": torch.randn(5, 3)}, kept)
+    words = ("--metrics", "fid", "--features", str(kept), "--reference", str(kept), "--json")
+    for _ in range(2):
+        assert evaluate.main((*words, str(out))) == 0
+    (tmp_path / "prompts.json").write_text('["a"]')
+    for name in ("kept.safetensors", "prompts.json", "manifest.json"):
+        before, _ = kept.read_bytes(), capsys.readouterr()
+        assert evaluate.main((*words, str(tmp_path / name))) == 2
+        assert_one_line(capsys.readouterr().err, "--json", name)
+        assert kept.read_bytes() == before
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -216,7 +250,7 @@ def test_a_folder_against_another(tools: Path, real: Path, tmp_path: Path) -> No
         ("--metrics fid", ("--features FILE",)),
         ("shapes_teacher --metrics fid", ("--out",)),
         ("shapes_teacher --metrics fid --out {new}", ("--prompts",)),
-        ("shapes_vae --metrics fid --world shapes --num 2 --out {new}", ("lacks backbone",)),
+        ("shapes_vae --metrics fid --world shapes --num 5 --out {new}", ("lacks backbone",)),
         ("{real} --metrics fid", ("fid: --reference",)),
         ("{real} --metrics fid --reference {real}", ("fid: --inception",)),
         ("{real} --metrics fid --reference {real} --inception {tools}/vgg", ("vgg16",)),
@@ -228,16 +262,28 @@ def test_a_folder_against_another(tools: Path, real: Path, tmp_path: Path) -> No
         ("{real} --metrics removal --world shapes", ("give a model",)),
         ("{real} --metrics named --world shapes", ("44x40 pixels, not 32 a side",)),
         ("{real} --metrics fid --batch 0", ("--batch", "at least 1", "0")),
-        ("{real} --metrics fid --kid-size 1", ("--kid-size", "at least 2")),
+        ("{real} --metrics kid --kid-size 1", ("--kid-size", "at least 2")),
         ("{real} --metrics fid --num 9 --reference {real}", ("9 pictures", "6 found")),
-        ("{real} --metrics fid --hps-jpeg 100", ("--hps-jpeg", "100")),
+        ("{real} --metrics hpsv2 --hps-jpeg 100", ("--hps-jpeg", "100")),
         ("{real} --metrics fid --size 8x8", ("--size is for a model",)),
+        ("{real} --metrics fid --seed 3", ("--seed is for a model",)),
+        ("{real} --metrics fid --kid-size 9", ("--kid-size is for kid",)),
+        ("{real} --metrics removal --negative x", ("--negative is for fid",)),
+        ("{real} --metrics clip --clip-first -5", ("--clip-first", "-5")),
+        ("{real} --metrics pr --features {kept} --reference {real} --num 3", ("--num", "every")),
+        ("{real} --metrics fid --features {kept} --reference {kept}", ("6 pictures", "5 rows")),
+        ("--metrics fid --features {kept} --reference {kept} --cache {new}", ("--cache", "file")),
+        ("--metrics fid --features {kept} --reference {kept} --negative x", ("--negative",)),
+        ("--metrics pr --features {kept} --reference {kept} --bgr", ("inception-tf1-bgr",)),
+        ("{real} --metrics clip --clip {torn} --prompts {six}", ("not a readable safetensors",)),
+        ("{world} --out {new} --num 3", ("4 pictures", "3")),
+        ("{world} --out {new} --save-features {new}", ("--world", "--save-features")),
         ("{real} --metrics fid --cache {real}/0.png", ("--cache must be a folder", "0.png")),
         ("{real} --metrics fid --save-features {real}/0.png/a", ("cannot write", "0.png")),
         ("{real} --metrics pr --world shapes --bgr", ("--bgr", "judge")),
         ("{world} --out {new} --size 3", ("--size", "HxW")),
         ("{real} --metrics fid --world shapes --reference {real}", ("--world", "--reference")),
-        ("{world} --out {new} --size 33x32", ("multiples of 4", "33x32")),
+        ("{world} --out {new} --size 33x32", ("33x32", "32 pixels a side")),
         ("{world} --out {new} --steps 1001", ("1001",)),
         ("{world} --out {new} --scale 1,2", ("scale", "1, got 2")),
         ("{world} --out {set} --seed 1", ("set holds other pictures", "seed 0 there, 1 wanted")),
@@ -254,9 +300,15 @@ def test_mistakes_are_one_line_and_write_nothing(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    kept, torn = tools / "kept.safetensors", tools / "torn"
+    save_file({"features": torch.randn(5, 3)}, kept)
+    shutil.copytree(tools / "clip", torn, dirs_exist_ok=True)
+    os.truncate(torn / "image_encoder.safetensors", 999)
     before = pictures(drawn[0]), pictures(real)
     world = " ".join((*WORLD, "--metrics", "fid"))
     places = {"real": real, "tools": tools, "set": drawn[0], "new": tmp_path / "new"}
+    places |= {"kept": kept, "torn": torn, "six": tools / "six.txt"}
+    places["six"].write_text("a\n" * 6)
     given = words.format(world=world, **places).split()
     assert evaluate.main([*given, "--json", str(tmp_path / "out.json")]) == 2
     lines = capsys.readouterr().err.strip().splitlines()

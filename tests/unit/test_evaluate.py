@@ -60,9 +60,11 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_pictures_are_found_in_natural_order(tmp_path: Path) -> None:
-    for name in ("10.png", "9.jpg", "b2.PNG", "b10.jpeg", ".11.png", "notes.txt"):
+    for name in ("10.png", "9.jpg", "b2.PNG", "b10.jpeg", ".11.png", "notes.txt", "5²1.png"):
         (tmp_path / name).touch()
+    (tmp_path / "8.png").mkdir()
     assert [p.name for p in sets.picture_files(tmp_path)] == [
+        "5²1.png",
         "9.jpg",
         "10.png",
         "b2.PNG",
@@ -104,6 +106,19 @@ def test_texts_of_found_pictures(tmp_path: Path) -> None:
     (path / sets.PROMPTS).write_text(line)
     with pytest.raises(ValueError, match="no file of this folder"):
         sets.found_rows(path, None, None, None)
+    line = json.dumps({"file": "0.png", "prompt": "a", "negative": "drawn away from"})
+    (path / sets.PROMPTS).write_text(line)
+    assert sets.found_rows(path, None, None, None)[0].negative == "drawn away from"
+    assert sets.found_rows(path, None, "scored", None)[0].negative == "scored"
+    (path / sets.PROMPTS).write_text(json.dumps({"file": "0.png", "prompt": 5, "negative": None}))
+    with pytest.raises(ValueError, match="line 1: no file, prompt"):
+        sets.found_rows(path, None, None, None)
+
+
+def test_sixteen_bits_of_grey_are_read_as_eight(tmp_path: Path) -> None:
+    values = np.array([[0, 257, 0x8080, 0xFFFF]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert np.asarray(sets.open_picture(tmp_path / "a.png")).tolist() == [[0, 1, 128, 255]]
 
 
 def test_prompts_of_every_form(tmp_path: Path) -> None:
@@ -117,6 +132,11 @@ def test_prompts_of_every_form(tmp_path: Path) -> None:
     for name, content in forms.items():
         (tmp_path / name).write_text(content)
         assert read_prompts(tmp_path / name) == texts
+    bad = {"w.json": '["\\ud800"]', "v.json": '{"labels": [["1.png", "\\ud800"]]}'}
+    for name, content in bad.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=name):
+            read_prompts(tmp_path / name)
     for name, content in {"x.json": "[1]", "y.json": '{"labels": ["a"]}', "z.csv": "a"}.items():
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=name):
@@ -198,26 +218,28 @@ def test_pictures_that_are_not_finite_leave_no_folder(tmp_path: Path) -> None:
 
 def test_features_of_a_folder_are_kept_and_taken_again(tmp_path: Path, vgg: Path) -> None:
     folder, cache = folder_of(tmp_path / "real", 5), tmp_path / "cache"
-    found = features.of_folder(folder, "vgg16", vgg, cache, batch=2)
+    found = features.of_files(sets.picture_files(folder), "vgg16", vgg, cache, batch=2)
     assert found.count == 5 and found.width == 6 and found.rows is not None
     assert (found.rows >= 0).all() and found.rows.std(0).max() > 0
-    torch.testing.assert_close(features.of_folder(folder, "vgg16", vgg, batch=5).rows, found.rows)
+    torch.testing.assert_close(
+        features.of_files(sets.picture_files(folder), "vgg16", vgg, batch=5).rows, found.rows
+    )
     path = cache / "real-vgg16.safetensors"
     marked = Features.of(found.rows + 1, "vgg16", "")
     features.write_features(path, marked, features._metadata(path))
-    again = features.of_folder(folder, "vgg16", vgg, cache)
+    again = features.of_files(sets.picture_files(folder), "vgg16", vgg, cache)
     assert torch.equal(again.rows, found.rows + 1), "it was made again"
     picture(9, (30, 30)).save(folder / "5.png")
     with pytest.raises(ValueError, match=r"real-vgg16\.safetensors .*\(count, files differ\)"):
-        features.of_folder(folder, "vgg16", vgg, cache)
+        features.of_files(sets.picture_files(folder), "vgg16", vgg, cache)
 
 
 def test_other_weights_are_not_taken_from_the_cache(tmp_path: Path, vgg: Path) -> None:
     folder, cache = folder_of(tmp_path / "real", 2), tmp_path / "cache"
-    features.of_folder(folder, "vgg16", vgg, cache)
+    features.of_files(sets.picture_files(folder), "vgg16", vgg, cache)
     other = folders.save_tools(tmp_path / "b", VGG, {"network": zoo.fresh(VGG, "network", 1)})
     with pytest.raises(ValueError, match=r"\(weights differ\)"):
-        features.of_folder(folder, "vgg16", other, cache)
+        features.of_files(sets.picture_files(folder), "vgg16", other, cache)
 
 
 def test_features_that_are_not_finite_name_their_picture(tmp_path: Path) -> None:
@@ -263,6 +285,7 @@ def test_files_of_features_and_statistics(tmp_path: Path) -> None:
         ({"features": torch.zeros(3, 2, dtype=torch.int64)}, r"floats \[n d\]"),
         ({"features": torch.tensor([[0.0], [torch.nan]])}, "row 1 is not"),
         ({"mean": torch.zeros(3)}, "neither features nor mean"),
+        ({"mean": torch.zeros(2), "covariance": torch.ones(2, 2).tril()}, "symmetric"),
         ({"mean": torch.zeros(3), "covariance": torch.zeros(2, 2)}, r"mean \[d\] and"),
     ],
 )
@@ -276,8 +299,14 @@ def test_bad_files_of_features(tmp_path: Path, tensors: dict[str, Tensor], line:
 
 def test_moments_are_checked() -> None:
     mean, cov = torch.zeros(2), torch.eye(2)
-    for bad in ((mean, cov, 1), (mean[None], cov, 5), (mean, cov * torch.inf, 5)):
-        with pytest.raises(ValueError, match=r"2 rows|expected|finite"):
+    for bad, line in [
+        ((mean, cov, 1), "2 rows"),
+        ((mean[None], cov, 5), "expected"),
+        ((mean, cov * torch.inf, 5), "finite"),
+        ((mean, torch.tensor([[1.0, 0.5], [0.0, 1.0]]), 5), "symmetric"),
+        ((mean, -cov, 5), "negative variance"),
+    ]:
+        with pytest.raises(ValueError, match=line):
             FeatureStats.from_moments(*bad)
 
 
@@ -316,7 +345,7 @@ def test_pictures_are_read_once_for_two_metrics(
     bench = Bench(rows, None, real, {"vgg": vgg}, switches=how, keep=keep)
     measure.check(["fid", "kid"], bench)
     found = measure.measure(["fid", "kid"], bench)
-    (keep / "generated-inception.safetensors").unlink()  # so that a second reading would show
+    (keep / "fake-inception.safetensors").unlink()  # so that a second reading would show
     again = measure.measure(["fid"], bench)
     assert not list(keep.iterdir()) and again["fid"].figures == found["fid"].figures
     sides = (
@@ -352,6 +381,11 @@ def test_what_metrics_need(tmp_path: Path, vgg: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=line):
             measure.check([metrics], bench)
+    unknown = Bench(features=wide, reference=wide, switches=Switches(bgr=True))
+    with pytest.raises(ValueError, match="do not say theirs"):
+        measure.check(["pr"], unknown)
+    measure.check(["fid"], unknown)
+    assert "unknown protocol (4 values); wide" in measure.measure(["fid"], unknown)["fid"].protocol
     for text in ("fdi", "", "fid,,kdi"):
         with pytest.raises(ValueError, match="--metrics: expected some of fid, kid"):
             measure.names(text)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +15,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import snoopi
+from snoopi import config as recipes
+from snoopi.evaluate import negatives, removal
 from snoopi.report import Figure
 from snoopi.reproduce import __main__ as command
-from snoopi.reproduce import book
+from snoopi.reproduce import book, units
 from snoopi.reproduce.experiments import (
     EXPERIMENTS,
     RATES,
@@ -78,6 +84,41 @@ def test_a_key_is_of_what_decides_the_figures_and_nothing_else() -> None:
 
 def test_students_are_trained_once() -> None:
     assert students(UNITS) == [RUN]
+    same = Train("pgsb_shapes", 0, ("run.steps=200", "optim.student.lr=0.0001"))
+    assert students([same, RUN]) == [same] and students([RUN, same]) == [RUN]
+
+
+def test_a_teacher_that_is_trained_first_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Train("pgsb_shapes_dit", 0)
+    before = run.what()
+    assert before["teacher"] not in ("", Train("pgsb_shapes", 0).what()["teacher"])
+    load = recipes.load
+    monkeypatch.setattr(
+        recipes,
+        "load",
+        lambda name, more=(): load(name, [*more, *["run.steps=700"] * ("teacher" in name)]),
+    )
+    units._teacher.cache_clear()
+    try:
+        assert run.what() != before
+    finally:
+        units._teacher.cache_clear()
+
+
+def test_what_keys_leave_out_is_as_the_records_know_it() -> None:
+    """Changed, figures on record are of something else: run them again, and pin it anew."""
+    text = repr((
+        recipes.Evaluate().scales, negatives.KEEP_BOUND, removal.REFINE, negatives.WEAKER,
+        {name: [scale(s) for s in (0.5, 1.0)] for name, scale in negatives.METHODS.items()},
+        negatives.EVALUATION_SEED, negatives.TUNING_SEED,
+    ))  # fmt: skip
+    digest = hashlib.sha256(text.encode())
+    package = Path(snoopi.__file__).parent
+    names = ("worlds/*_judge.safetensors", "shipped/*/text_encoder.safetensors",
+             "shipped/*/vae.safetensors")  # fmt: skip
+    for path in sorted(path for name in names for path in package.glob(name)):
+        digest.update(path.read_bytes())
+    assert digest.hexdigest()[:16] == "96d4329454847588"
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -224,6 +265,39 @@ def test_verdicts_and_forms_of_the_report(full: Records) -> None:
     assert len(rows) == sum(c.paper for ch in found for t in ch.tables for c, _ in t.verdicts)
 
 
+def test_a_search_that_found_no_strength_is_marked_and_not_compared(tmp_path: Path) -> None:
+    records = Records(tmp_path / "runs.jsonl")
+    (table,) = EXPERIMENTS["fig3"].tables("shapes", records)
+    for name, arm in table.arms.items():
+        for seed in range(3):
+            met = name == "CFG of outputs" or seed > 0
+            found = {"scale": 1.0, "targeted": 0.5 + 0.1 * (name == "NASA") + 0.01 * seed}
+            removed = {"easy": 1.0, "easy_before": 0.5, "same": 1.0, "keep_ratio": 1.0}
+            row = {**found, **removed, "frechet": 1.0, "within_bound": met}
+            records.add(arm(seed), row, 1.0, 1)
+    (shown,) = book.chapters(["fig3"], "shapes", records, range(3))[0].tables
+    seeds = {row[0]: row[1] for row in shown.rows}
+    assert seeds["NASA"] == "3 (1 keep too little)" and seeds["CFG of outputs"] == "3"
+    assert all(verdict.difference and verdict.difference.n == 2 for _, verdict in shown.verdicts)
+
+
+def test_a_line_that_the_disk_took_half_of_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = Records(tmp_path / "runs.jsonl")
+    records.add(RUN, {}, 1.0, 1)
+    before = records.path.read_bytes()
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="no space"):
+            records.add(UNITS[1], {}, 1.0, 1)
+    assert records.path.read_bytes() == before and UNITS[1] not in records
+
+
 def test_a_report_of_nothing_says_so(tmp_path: Path) -> None:
     records = Records(tmp_path / "none.jsonl")
     found = book.chapters(["tab2"], "shapes", records, range(2))
@@ -234,9 +308,9 @@ def test_a_report_of_nothing_says_so(tmp_path: Path) -> None:
 
 def test_derived_figures() -> None:
     curve = [{"frechet": f} for f in (4.0, 1.0, 5.0)]
-    assert value({"curve": curve}, "jumps") == pytest.approx(math.sqrt((9 + 16) / 2))
+    assert value({"curve": curve}, "rises") == pytest.approx(math.sqrt(16 / 2))  # the fall is none
     assert value({"easy": 0.9, "easy_before": 0.6}, "gain") == pytest.approx(0.3)
-    assert value({"curve": curve[:1]}, "jumps") is None
+    assert value({"curve": curve[:1]}, "rises") is None
 
 
 def test_curves_are_over_updates_of_the_student(full: Records) -> None:

@@ -298,6 +298,25 @@ def test_removal_recovers_known_rates() -> None:
     assert list(report.easy) == [*WORLD.attributes, "total"]
 
 
+class HalfBlind(PixelJudge):
+    """Reads nothing of the first attribute where its value is even."""
+
+    def labels_of(self, features: Tensor) -> Tensor:
+        labels = super().labels_of(features)
+        labels[labels[:, 0] % 2 == 0, 0] = -1
+        return labels
+
+
+def test_where_nothing_is_shown_there_is_nothing_to_remove() -> None:
+    model, first = FakeModel(remove=0.7), next(iter(WORLD.attributes))
+    test = RemovalTest(model, HalfBlind(), WORLD, Noise(3), count=60)  # type: ignore[arg-type]
+    found, seen = test.measure(model), run(model, count=60)
+    targeted = found.targeted[first]
+    assert 0 < targeted.n < 60 and targeted.free_before == 0
+    assert found.targeted["total"].n == 4 * 60 + targeted.n
+    assert found.easy[first].n == 60 and found.targeted["size"].free == seen.targeted["size"].free
+
+
 def test_removal_without_effect() -> None:
     report = run(FakeModel(remove=0), count=30)
     for table in (report.easy, report.targeted):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from snoopi import zoo
-from snoopi.evaluate.negatives import METHODS, guidance_table
+from snoopi.evaluate.negatives import METHODS, Search, drawer, guidance_table
+from snoopi.evaluate.removal import Choice
 from snoopi.evaluate.world import Quality
 from snoopi.final import FOLLOWED, end_means
 from snoopi.reproduce import __main__ as reproduce
@@ -68,6 +70,9 @@ def test_compare_gives_means_and_spread_over_seeds() -> None:
         (["recipes", "shapes_teacher"], "a recipe that distils"),
         (["guidance", "nowhere"], "nowhere"),
         (["guidance", "nowhere", "--count", "0"], "--count"),
+        (["guidance", "shapes_teacher", "--scales", "0", "1"], "--scales must be above 0"),
+        (["guidance", "emoji_teacher", "--count", "5"], "words of the shapes world"),
+        (["recipes", "pgsb_shapes", "pgsb_shapes_dit"], "under one teacher"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -107,3 +112,19 @@ def test_every_method_gets_the_same_search() -> None:
     assert table.best().name not in ("cfg", "embed-sub")
     with pytest.raises(ValueError, match="unknown method 'nasty'"):
         guidance_table(stub, (1.0,), 1, methods=["nasty"])  # type: ignore[arg-type]
+
+
+def test_weaker_strengths_are_tried_where_none_keeps_enough() -> None:
+    tried: list[list[float]] = []
+
+    class Tuning:
+        def choose_scale(self, at: Any, scales: list[float], bound: float) -> Choice:
+            tried.append(scales)
+            return Choice(min(scales), min(scales) <= 1.05, {})
+
+    stub = Stub()
+    search = Search(stub, count=1)  # type: ignore[arg-type]
+    search.__dict__["tuning"] = Tuning()  # a cached property
+    found = search.method("cfg", (0.5, 1.0), partial(drawer, stub, "cfg"))  # type: ignore[arg-type]
+    assert tried == [[1.5, 2.0], [1 + 1 / 32, 1 + 1 / 16, 1.125, 1.5]]
+    assert found.choice.scale == 1 + 1 / 32 and found.choice.met
