@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import torch
 
 from snoopi import arguments
-from snoopi.folders import shipped_or_path
+from snoopi.folders import read_spec, shipped_or_path
 from snoopi.pictures import save_png
 from snoopi.pipeline import MODES, Pipeline, load
 from snoopi.tiles import check_tile
@@ -75,6 +75,8 @@ def _generate(options: argparse.Namespace) -> None:
         save_png(picture, path)
         print(f"wrote {path} ({picture.width}x{picture.height})")
     print(f"{len(pictures)} in {seconds:.2f} s")
+    if source := read_spec(shipped_or_path(options.model))[1].get("pictures"):
+        print(f"trained on {source}")  # whoever passes the pictures on must say so, too
 
 
 def _warn_about_words(pipeline: Pipeline, texts: Sequence[str]) -> None:

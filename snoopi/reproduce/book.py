@@ -246,7 +246,7 @@ def _sources(records: Records) -> str:
         counts[key] = counts.get(key, 0) + 1
     rows = [[commit, processor, str(count)] for (commit, processor), count in counts.items()]
     hours = sum(row["seconds"] for row in records) / 3600
-    note = f"{len(records)} units, {hours:.1f} hours of processes."
+    note = f"{len(records)} units of all worlds, {hours:.1f} hours of processes."
     return _table(["Commit", "Processor", "Units"], rows, "Records", note)
 
 

@@ -29,7 +29,10 @@ class Processes:
 
     def __init__(self, jobs: int) -> None:
         shared = max(1, (os.cpu_count() or 1) // jobs)
-        self.jobs, self.threads = jobs, int(os.environ.get("OMP_NUM_THREADS", shared))
+        threads = os.environ.get("OMP_NUM_THREADS", "") or str(shared)
+        if not threads.isdecimal() or not int(threads):
+            raise ValueError(f"OMP_NUM_THREADS must be a number of threads, got {threads!r}")
+        self.jobs, self.threads = jobs, int(threads)
         self._children: list[subprocess.Popen[str]] = []
 
     def run(self, words: Sequence[str]) -> str:

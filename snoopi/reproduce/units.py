@@ -1,7 +1,7 @@
 """What is trained or measured: each unit is a process, and one line of the records.
 
 A unit's key is a function of its recipe, its teacher and what is measured, so figures that are
-there are not made again. Judges, the grid of strengths and the code are not in it: a test pins them.
+there are not made again. Judges, strengths to try and the code are not in it: a test pins them.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import math
+import os
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
@@ -341,6 +342,21 @@ def test_save_png_and_data_uri_round_trip(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
     assert np.array_equal(np.asarray(Image.open(path)), np.asarray(image))
     assert pictures.data_uri(image).startswith("data:image/png;base64,")
+
+
+def test_a_link_is_written_through_and_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    link, pipe = tmp_path / "link.json", tmp_path / "pipe"
+    (tmp_path / "real.json").write_bytes(b"old")
+    link.symlink_to("real.json")
+    assert pictures.write_atomically(link, b"new") == link
+    assert link.is_symlink() and (tmp_path / "real.json").read_bytes() == b"new"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        pictures.write_atomically(pipe, b"through")
+        assert os.read(reader, 99) == b"through" and pipe.is_fifo()
+    finally:
+        os.close(reader)
 
 
 def test_a_failed_write_leaves_the_old_file(

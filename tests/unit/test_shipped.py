@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import snoopi
 from snoopi import config as recipes
-from snoopi import worlds
+from snoopi import generate, worlds
 from snoopi.evaluate.negatives import EVALUATION_SEED
 from snoopi.evaluate.world import Ruler
 from snoopi.final import drawer
@@ -53,6 +53,15 @@ def test_a_teacher_is_small_and_in_fp16(name: str) -> None:
     assert all(bool(value.isfinite().all()) for value in found.values())
     size = sum(file.stat().st_size for file in (SHIPPED / name).rglob("*") if file.is_file())
     assert size < 10_000_000
+
+
+def test_pictures_of_a_teacher_say_whose_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, said in (("emoji_teacher", True), ("shapes_teacher", False)):
+        words = ["", "--steps", "2", "--guidance", "none", "--out", str(tmp_path / "a.png")]
+        assert generate.main([name, *words]) == 0
+        assert ("OpenMoji" in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize("name", TEACHERS)
