@@ -312,11 +312,12 @@ def test_removal_counts_what_pictures_show() -> None:
     json.dumps(report.to_dict())
 
 
-def test_where_a_picture_shows_nothing_the_easy_negative_stands_in() -> None:
+def test_where_no_picture_shows_anything_nothing_is_counted() -> None:
     blank = lambda prompts, negatives, indices: torch.ones(len(prompts), 3, 32, 32)  # noqa: E731
     test = RemovalTest(blank, Judge.load(WORLD), WORLD, Noise(3), count=4, attributes=["gender"])
     (case,) = test._cases
     assert case.before.labels[:, 0].tolist() == [-1] * 4
     assert torch.equal(case.negatives["targeted"], case.negatives["easy"])
     found = test.measure(blank).targeted["gender"]
-    assert found.free_before == 1 and found.same is None  # nothing was there to change
+    assert (found.n, found.free, found.free_low, found.free_high) == (0, 0, 0, 1)
+    assert found.keep is None and found.same is None
