@@ -1,8 +1,8 @@
 """Builds the native op. Everything else about the package stands in pyproject.toml.
 
 SNOOPI_BUILD chooses what is built:
-    auto  what this machine's torch can use: the CPU op, and for a CUDA build of torch the CUDA op
-          where nvcc is (default)
+    auto  what this machine's torch can use: the CPU op, and for a CUDA build of torch (2.13 or
+          later) the CUDA op where nvcc is and compiles it (default)
     cpu   the CPU op, snoopi/_cpu.so
     cuda  both, whatever torch is there: compiling needs no GPU
     none  nothing: a pure-Python install, ordinary PyTorch ops take over
@@ -10,22 +10,27 @@ SNOOPI_BUILD chooses what is built:
 SNOOPI_EMULATE_AMX=1 is for tests: the AMX kernel runs on plain code in place of AMX instructions,
 wherever AVX-512 is (`make isa`).
 
-SNOOPI_CUDA_ARCHS are the targets of nvcc (default: 80 89 90a 100); the last one's PTX serves later
-GPUs. CUDA_HOME says where CUDA is, if nvcc is not on PATH.
+SNOOPI_CUDA_ARCHS are the targets of nvcc (default: those of 80 89 90a 100 120 that it knows); PTX
+of the first and the last serves GPUs in between and later ones. CUDA_HOME says where CUDA is, if
+nvcc is not on PATH.
 
 The CPU op is compiled for any processor: csrc/cpu/kernel.cpp once per capability with that
 capability's flags, chosen between at run time; every other source once, with none.
 """
 
+import hashlib
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 KERNEL = "kernel.cpp"
@@ -42,8 +47,10 @@ if X86:
     CAPABILITIES["amx"] = [*paired, "-mamx-tile", "-mamx-bf16", "-DSNOOPI_AMX"]
     if EMULATE_AMX:
         CAPABILITIES["amx"] = [*CAPABILITIES["avx512"], "-DSNOOPI_PAIRED", "-DSNOOPI_AMX"]
-CUDA_ARCHS = "80 89 90a 100"
-STABLE_ABI = "0x020d000000000000"  # of torch 2.13: the first with a stream's native handle
+CUDA_ARCHS = "80 89 90a 100 120"
+STABLE_TORCH = (2, 13)  # the first whose stable ABI has a stream's native handle
+STABLE_ABI = "0x{:02x}{:02x}000000000000".format(*STABLE_TORCH)
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")  # that may stand before a compiler in CXX
 COMMON_FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 COMMON_FLAGS += ["-DSNOOPI_AMX_EMULATED"] if EMULATE_AMX else []
 KERNEL_FLAGS = [*COMMON_FLAGS, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
@@ -67,13 +74,16 @@ def extensions() -> list[Extension]:
     if mode == "none":
         return []
     found = [Extension("snoopi._cpu", sources=[])]
-    if mode == "cuda" or (mode == "auto" and _torch_has_cuda()):
-        if nvcc() is not None:
-            found.append(Extension("snoopi._cuda", sources=[]))
-        elif mode == "cuda":
-            sys.exit("SNOOPI_BUILD=cuda: no nvcc found; set CUDA_HOME or put it on PATH")
-        else:
-            print("no nvcc found: the CUDA op is left out; set CUDA_HOME and install again for it")
+    if mode == "cpu" or (mode == "auto" and not _torch_has_cuda()):
+        return found
+    why_not = cuda_trouble()
+    if why_not is None:
+        # In auto it is an extra: where it does not compile, it is warned of and left out.
+        found.append(Extension("snoopi._cuda", sources=[], optional=mode == "auto"))
+    elif mode == "cuda":
+        sys.exit(f"SNOOPI_BUILD=cuda: {why_not}")
+    else:
+        print(f"the CUDA op is left out: {why_not}")
     return found
 
 
@@ -85,6 +95,22 @@ def _torch_has_cuda() -> bool:
     return torch.version.cuda is not None
 
 
+def cuda_trouble() -> str | None:
+    """Why the CUDA op cannot be built here; None if it can."""
+    try:
+        import torch
+    except ImportError:
+        return None  # building says so
+    found = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if found is None or tuple(map(int, found.groups())) < STABLE_TORCH:
+        return f"it needs torch {'.'.join(map(str, STABLE_TORCH))}, this is {torch.__version__}"
+    if nvcc() is None:
+        return "no nvcc found; set CUDA_HOME or put it on PATH"
+    if not cuda_archs():
+        return f"{nvcc()} compiles for none of {CUDA_ARCHS}; it needs CUDA 11.1 or later"
+    return None
+
+
 def nvcc() -> Path | None:
     """CUDA's compiler: of CUDA_HOME, on PATH, or where CUDA is installed by default."""
     home = os.environ.get("CUDA_HOME")
@@ -92,6 +118,16 @@ def nvcc() -> Path | None:
     there += [Path(found)] if (found := shutil.which("nvcc")) and not home else []
     there += [] if home else [Path("/usr/local/cuda/bin/nvcc")]
     return next((path for path in there if path.is_file()), None)
+
+
+def cuda_archs() -> list[str]:
+    """The targets: SNOOPI_CUDA_ARCHS as they are, else those of CUDA_ARCHS that nvcc knows."""
+    asked = os.environ.get("SNOOPI_CUDA_ARCHS", "").replace(";", " ").split()
+    if asked:
+        return asked
+    done = subprocess.run([str(nvcc()), "--list-gpu-arch"], capture_output=True, text=True)
+    known = re.findall(r"compute_(\d+)", done.stdout)
+    return [arch for arch in CUDA_ARCHS.split() if arch.rstrip("af") in known]
 
 
 def compiler() -> str:
@@ -127,11 +163,12 @@ class BuildOps(build_ext):
                 "pip install --no-build-isolation -e ."
             )
         cxx = compiler().split()
-        # Objects of another torch are no use: their headers differ.
-        temp = Path(self.build_temp).resolve() / f"{ext.name}-torch-{torch.__version__}"
+        cuda = ext.name == "snoopi._cuda"
+        # Objects of another torch are no use: their headers differ. Nor are those of another nvcc.
+        made_by = f"torch-{torch.__version__}" + (f"-{cuda_mark()}" if cuda else "")
+        temp = Path(self.build_temp).resolve() / f"{ext.name}-{made_by}"
         temp.mkdir(parents=True, exist_ok=True)
         includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-        cuda = ext.name == "snoopi._cuda"
         jobs = (cuda_jobs if cuda else compile_jobs)(cxx, temp, includes)
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
             list(pool.map(self._compile, jobs))
@@ -140,7 +177,7 @@ class BuildOps(build_ext):
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
         objects = [job[-1] for job in jobs]
         if cuda:  # nvcc knows where its runtime lies, and links it in
-            linker = [str(nvcc()), "-cudart", "static", "-ccbin", cxx[0]]
+            linker = [str(nvcc()), "-cudart", "static", "-ccbin", host_compiler(cxx)]
             flags = ["-ltorch_cpu", "-lc10", "-Xlinker", "--exclude-libs=ALL"]
         else:
             linker, flags = cxx, link_flags()
@@ -158,10 +195,10 @@ class BuildOps(build_ext):
         try:
             self.spawn(command)
         except Exception as error:
-            sys.exit(
+            raise CompileError(
                 f"building the native op failed: {error}. The compiler's messages stand above; "
                 "SNOOPI_BUILD=none installs without it."
-            )
+            ) from None
 
 
 def compile_jobs(cxx: list[str], temp: Path, includes: list[str]) -> list[list[str]]:
@@ -185,17 +222,34 @@ def link_flags() -> list[str]:
     return [*flags, *([] if sys.platform == "darwin" else ["-fopenmp", "-Wl,--no-undefined"])]
 
 
+def cuda_codes(archs: list[str]) -> list[str]:
+    """nvcc's -gencode: machine code of each target, and PTX of the first and the last.
+
+    PTX of 90a would serve that GPU alone, that of 90 also serves all later ones.
+    """
+    codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    plain = dict.fromkeys(arch.rstrip("af") for arch in (archs[0], archs[-1]))
+    return codes + [f"arch=compute_{arch},code=compute_{arch}" for arch in plain]
+
+
+def cuda_mark() -> str:
+    """A short name of nvcc's version and its targets."""
+    version = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True).stdout
+    return hashlib.sha256(f"{version}{cuda_archs()}".encode()).hexdigest()[:12]
+
+
+def host_compiler(cxx: list[str]) -> str:
+    """The word of $CXX that nvcc is to call: not a launcher before it, nor an option after it."""
+    return next((word for word in cxx if Path(word).name not in LAUNCHERS), cxx[0])
+
+
 def cuda_jobs(cxx: list[str], temp: Path, includes: list[str]) -> list[list[str]]:
     """Compiler calls of the CUDA op: the kernels by nvcc, the glue on torch's stable ABI."""
     source, jobs = ROOT / "csrc" / "cuda", []
-    archs = os.environ.get("SNOOPI_CUDA_ARCHS", CUDA_ARCHS).replace(";", " ").split()
-    codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    if archs:
-        codes[-1] = f"arch=compute_{archs[-1]},code=[sm_{archs[-1]},compute_{archs[-1]}]"
-    targets = [word for code in codes for word in ("-gencode", code)]
-    hidden = "-fPIC,-fvisibility=hidden"
+    targets = [word for code in cuda_codes(cuda_archs()) for word in ("-gencode", code)]
+    call = [str(nvcc()), "-std=c++17", "-O3", *targets, "-ccbin", host_compiler(cxx)]
+    call += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
     for kernel in sorted(source.glob("*.cu")):
-        call = [str(nvcc()), "-std=c++17", "-O3", *targets, "-Xcompiler", hidden, "-ccbin", cxx[0]]
         jobs.append([*call, "-c", str(kernel), "-o", str(temp / f"{kernel.stem}.cu.o")])
     flags = [*COMMON_FLAGS, f"-DTORCH_TARGET_VERSION={STABLE_ABI}", *includes]
     for glue in sorted(source.glob("*.cpp")):
@@ -203,9 +257,10 @@ def cuda_jobs(cxx: list[str], temp: Path, includes: list[str]) -> list[list[str]
     return jobs
 
 
-os.chdir(ROOT)  # setuptools reads pyproject.toml and copies in-place builds from there
-setup(
-    ext_modules=extensions(),
-    cmdclass={"build_ext": BuildOps},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
-)
+if __name__ == "__main__":
+    os.chdir(ROOT)  # setuptools reads pyproject.toml and copies in-place builds from there
+    setup(
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildOps},
+        options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    )

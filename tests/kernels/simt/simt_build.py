@@ -1,7 +1,9 @@
 """Compiles csrc/simt, and with it csrc/cuda's kernels, for the host; keeps results by content."""
 
+import functools
 import hashlib
 import importlib.util
+import platform
 import shutil
 import subprocess
 import sysconfig
@@ -15,7 +17,19 @@ import pytest
 ROOT = Path(__file__).parents[3]
 CUDA, SIMT = ROOT / "csrc" / "cuda", ROOT / "csrc" / "simt"
 CACHE = ROOT / "build" / "simt"
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+
+
+def contracts() -> bool:
+    """Whether this processor has multiply-adds for g++ to contract to."""
+    if platform.machine() != "x86_64":
+        return platform.machine() == "aarch64"
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and " fma " in cpuinfo.read_text()
+
+
+if contracts():  # as nvcc does: a product and a sum are rounded once, here as on a GPU
+    FLAGS += ["-ffp-contract=fast", *(["-mfma"] if platform.machine() == "x86_64" else [])]
 
 
 def compiler() -> str:
@@ -30,6 +44,21 @@ def includes() -> list[str]:
     """Where Python.h and pybind11 are; skips the test without them."""
     pybind11 = pytest.importorskip("pybind11")
     return [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
+
+
+@functools.cache
+def setup_py() -> ModuleType:
+    """setup.py's functions."""
+    spec = importlib.util.spec_from_file_location("snoopi_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def nvcc_path() -> Path | None:
+    """CUDA's compiler, wherever the package's own build would find it."""
+    return setup_py().nvcc()
 
 
 def run(command: Sequence[str | Path]) -> None:

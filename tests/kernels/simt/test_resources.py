@@ -7,10 +7,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from simt_build import CUDA, cached, sources
+from simt_build import CUDA, cached, nvcc_path, sources
 from simt_cases import Call, arguments, make
 
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
 REGISTERS = 65536  # of a multiprocessor, on all of them
 # Blocks of a multiprocessor that registers must allow, by head dim; fewer leave it idle.
 BLOCKS_OF_128 = {40: 4, 64: 2, 72: 2, 80: 2, 160: 2}
@@ -18,7 +18,7 @@ BLOCKS_OF_128 = {40: 4, 64: 2, 72: 2, 80: 2, 160: 2}
 SHARED_KIB = {40: 40, 64: 55, 72: 62, 80: 67, 160: 127}
 A100, H100 = 163 * 1024, 227 * 1024
 
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc (CUDA toolkit)")
+needs_nvcc = pytest.mark.skipif(nvcc_path() is None, reason="needs nvcc (CUDA toolkit)")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def nvcc(architecture: str, *flags: str) -> tuple[list[Instance], str]:
         '>"$out" 2>&1 || { cat "$out" >&2; exit 1; }'
     )
     inputs = [path for path in sources(kernels=True) if path.parent == CUDA]
-    log = cached("ptxas.txt", ["sh", "-c", command, shutil.which("nvcc") or "nvcc"], inputs)
+    log = cached("ptxas.txt", ["sh", "-c", command, str(nvcc_path())], inputs)
     text = log.read_text()
     assert "warning" not in text, text
     pattern = (
@@ -96,7 +96,7 @@ def check_tensor_cores(architecture: str, log: str, *flags: str) -> None:
         assert not re.search(r"\b(STL|LDL)\b", text), "local memory"
     else:
         command = [
-            "nvcc",
+            str(nvcc_path()),
             "-std=c++17",
             f"-arch={architecture}",
             *flags,
