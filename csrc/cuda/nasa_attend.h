@@ -9,6 +9,7 @@
 // and add their result to z when their last tile is done.
 #pragma once
 
+#include <float.h>
 #include <math.h>
 
 #include "nasa_shape.h"
@@ -161,14 +162,17 @@ SIMT_DEVICE float sum_of_row(float x) {
   return x + shuffle_xor(x, 2);
 }
 
+// The maximum of no live key: all logits are -inf then, and -inf - -inf would be NaN.
+constexpr float kLowest = -FLT_MAX;
+
 // A warp's softmax over the tiles of a text; of each lane rows group and group + 8. Maxima are of
-// unscaled logits, sums are the lane's own share until `finish`.
+// scaled logits, base 2, sums are the lane's own share until `finish`.
 template <typename S>
 struct Softmax {
   float most[2], sum[2];
 
   SIMT_DEVICE void reset() {
-    most[0] = most[1] = -INFINITY;
+    most[0] = most[1] = kLowest;
     sum[0] = sum[1] = 0.0f;
   }
 
@@ -176,20 +180,20 @@ struct Softmax {
   SIMT_DEVICE void take(float (&s)[S::kKeyTiles][4], float scale_log2, float (&shrink)[2]) {
     SIMT_UNROLL
     for (int r = 0; r < 2; ++r) {
-      float high = S::kSingle ? -INFINITY : most[r];
+      float high = -INFINITY;
       SIMT_UNROLL
       for (int j = 0; j < S::kKeyTiles; ++j)
         high = fmaxf(high, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
-      high = max_of_row(high);
-      // With no live key yet all logits are -inf, and -inf - -inf would be NaN.
-      const float base = high == -INFINITY ? 0.0f : high * scale_log2;
-      shrink[r] = S::kSingle ? 0.0f : exp2_fast(most[r] * scale_log2 - base);
+      high = fmaxf(max_of_row(high) * scale_log2, S::kSingle ? kLowest : most[r]);
+      // Of two rounded maxima: exactly 1 while the maximum stays. Were one of them a product here,
+      // a multiply-add would take it unrounded, and every tile would scale all earlier ones anew.
+      shrink[r] = S::kSingle ? 0.0f : exp2_fast(most[r] - high);
       most[r] = high;
       float total = 0.0f;
       SIMT_UNROLL
       for (int j = 0; j < S::kKeyTiles; ++j) {
-        s[j][2 * r] = exp2_fast(s[j][2 * r] * scale_log2 - base);
-        s[j][2 * r + 1] = exp2_fast(s[j][2 * r + 1] * scale_log2 - base);
+        s[j][2 * r] = exp2_fast(s[j][2 * r] * scale_log2 - high);
+        s[j][2 * r + 1] = exp2_fast(s[j][2 * r + 1] * scale_log2 - high);
         total += s[j][2 * r] + s[j][2 * r + 1];
       }
       sum[r] = S::kSingle ? total : sum[r] * shrink[r] + total;
@@ -210,8 +214,8 @@ struct Softmax {
   SIMT_DEVICE float over_sum(float weight, int r) const {
     return sum[r] == 0.0f ? 0.0f : weight * reciprocal_fast(sum[r]);
   }
-  SIMT_DEVICE float lse(float scale_log2, int r) const {
-    return sum[r] == 0.0f ? -INFINITY : (most[r] * scale_log2 + log2_fast(sum[r])) * kLn2;
+  SIMT_DEVICE float lse(int r) const {
+    return sum[r] == 0.0f ? -INFINITY : (most[r] + log2_fast(sum[r])) * kLn2;
   }
 };
 
@@ -295,13 +299,13 @@ SIMT_DEVICE void store_rows(const NasaParams& p, const Tile& tile, void* out,
 
 template <typename S>
 SIMT_DEVICE void store_lse(const NasaParams& p, const Tile& tile, float* out,
-                           const Softmax<S>& softmax, float scale_log2, const Place& where) {
+                           const Softmax<S>& softmax, const Place& where) {
   const Place at = where.again();
   SIMT_UNROLL
   for (int r = 0; r < 2; ++r) {
     const int row = kWarpRows * at.warp + at.group + 8 * r;
     if (at.pair != 0 || row >= tile.count) continue;
-    store_global(out + tile.row_of_all(p, row) * p.h + tile.head, softmax.lse(scale_log2, r));
+    store_global(out + tile.row_of_all(p, row) * p.h + tile.head, softmax.lse(r));
   }
 }
 
@@ -354,15 +358,16 @@ SIMT_DEVICE void attend(const NasaParams& p, const Tile& tile, const Place& at,
     if constexpr (S::kReload) queries.load(at);
     const int tile_at = S::kQueryBytes + stage * S::kStageBytes;
     float s[S::kKeyTiles][4], shrink[2], weight[2];
-    logits<S>(s, queries, tile_at, at);
-    limit<S>(s, tile_at + S::kLimitsAt, p.texts[now.text].mask != nullptr, now.left(p), at);
+    const Place here = S::kNarrow ? at : at.again();  // wide heads have no registers to spare
+    logits<S>(s, queries, tile_at, here);
+    limit<S>(s, tile_at + S::kLimitsAt, p.texts[now.text].mask != nullptr, now.left(p), here);
     softmax.take(s, scale_log2, shrink);
     const bool last = now.last_of_text(p);
     if constexpr (S::kSingle) {
       text_weight(p, tile, now.text, at, weight);
       softmax.finish();
       const float by[2] = {softmax.over_sum(weight[0], 0), softmax.over_sum(weight[1], 1)};
-      add_values<S>(z, s, by, tile_at + S::kValuesAt, at);
+      add_values<S>(z, s, by, tile_at + S::kValuesAt, here);
     } else {
       SIMT_UNROLL
       for (int i = 0; i < S::kValueTiles; ++i) {
@@ -370,7 +375,7 @@ SIMT_DEVICE void attend(const NasaParams& p, const Tile& tile, const Place& at,
         for (int j = 0; j < 4; ++j) part[i][j] *= shrink[j / 2];
       }
       const float by[2] = {1.0f, 1.0f};
-      add_values<S>(part, s, by, tile_at + S::kValuesAt, at);
+      add_values<S>(part, s, by, tile_at + S::kValuesAt, here);
       if (last) {
         text_weight(p, tile, now.text, at, weight);
         softmax.finish();
@@ -388,7 +393,7 @@ SIMT_DEVICE void attend(const NasaParams& p, const Tile& tile, const Place& at,
     }
     if (last) {
       if (p.lse[now.text] != nullptr) {
-        store_lse<S>(p, tile, p.lse[now.text], softmax, scale_log2, at);
+        store_lse<S>(p, tile, p.lse[now.text], softmax, at);
       }
       softmax.reset();
       if (p.twin) {

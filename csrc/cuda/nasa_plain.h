@@ -110,14 +110,13 @@ struct PlainKernel {
       float high = fmaxf(fmaxf(s[i][0], s[i][1]), fmaxf(s[i][2], s[i][3]));
       SIMT_UNROLL
       for (int lanes = 1; lanes < 8; lanes *= 2) high = fmaxf(high, shuffle_xor(high, lanes));
-      high = fmaxf(high, most[i]);
-      const float base = high == -INFINITY ? 0.0f : high * scale_log2;
-      const float shrink = exp2_fast(most[i] * scale_log2 - base);
+      high = fmaxf(high * scale_log2, most[i]);
+      const float shrink = exp2_fast(most[i] - high);  // see Softmax::take
       most[i] = high;
       sum[i] *= shrink;
       SIMT_UNROLL
       for (int j = 0; j < 4; ++j) {
-        s[i][j] = exp2_fast(s[i][j] * scale_log2 - base);
+        s[i][j] = exp2_fast(s[i][j] * scale_log2 - high);
         sum[i] += s[i][j];
         store_shared(S::kProbabilitiesAt + row_of(i) * S::kProbabilityRow + 4 * (lane + 8 * j),
                      s[i][j]);
@@ -169,7 +168,7 @@ struct PlainKernel {
   }
 
   // z += w / l of a text that is done, and its log-sum-exp.
-  SIMT_DEVICE static void finish(const NasaParams& p, const Tile& tile, int text, float scale_log2,
+  SIMT_DEVICE static void finish(const NasaParams& p, const Tile& tile, int text,
                                  const float (&most)[4], float (&sum)[4], const Rows& part,
                                  Rows& z) {
     float* lse = p.lse[text];
@@ -196,7 +195,7 @@ struct PlainKernel {
         for (int e = 0; e < 4; ++e) z[i][j][e] += part[i][j][e] * by;
       }
       if (lse == nullptr || !live || thread_index() % 8 != 0) continue;
-      const float log_sum = (most[i] * scale_log2 + log2_fast(sum[i])) * kLn2;
+      const float log_sum = (most[i] + log2_fast(sum[i])) * kLn2;
       store_global(lse + (tile.batch * p.m + query) * p.h + tile.head,
                    sum[i] == 0.0f ? -INFINITY : log_sum);
     }
@@ -231,7 +230,7 @@ struct PlainKernel {
     clear(part);
     SIMT_UNROLL
     for (int i = 0; i < 4; ++i) {
-      most[i] = -INFINITY;
+      most[i] = kLowest;
       sum[i] = 0.0f;
     }
     for (Cursor<S> now; !now.done(p); now.next(p)) {
@@ -245,7 +244,7 @@ struct PlainKernel {
       warp_sync();  // the threads of a row are of one warp
       add_values(part);
       if (!now.last_of_text(p)) continue;
-      finish(p, tile, now.text, scale_log2, most, sum, part, z);
+      finish(p, tile, now.text, most, sum, part, z);
       if (p.twin) {
         store(p, tile, p.out[now.text], z);
         clear(z);
@@ -253,7 +252,7 @@ struct PlainKernel {
       clear(part);
       SIMT_UNROLL
       for (int i = 0; i < 4; ++i) {
-        most[i] = -INFINITY;
+        most[i] = kLowest;
         sum[i] = 0.0f;
       }
     }

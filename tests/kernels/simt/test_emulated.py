@@ -132,6 +132,18 @@ def test_twin(simt: ModuleType, n: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_tiles_with_the_same_maximum_count_alike(simt: ModuleType, dtype: torch.dtype) -> None:
+    """Of equal keys, whose logits are large: values 1 in the first tiles cancel -1 in the last."""
+    inputs = make(Call(d=40, n=512, spread=400.0), dtype)
+    inputs.kwargs["nasa_scale"] = 0.0
+    k, v = inputs.texts[:2]
+    k[:] = k[:, :1].clone()
+    v[:, :256], v[:, 256:] = 1.0, -1.0
+    out = tensor(run(simt, inputs, {})["out"][0], dtype)
+    assert out.abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("n", [7, 100])
 def test_fully_masked_texts_count_for_nothing(simt: ModuleType, n: int, dtype: torch.dtype) -> None:
     inputs = make(Call(d=64, n=n, b=1), dtype)
@@ -195,6 +207,9 @@ def test_the_kernel_projects_where_an_estimate_favours_it(simt: ModuleType) -> N
     assert not projects(call, sms=108) and not projects(call, capability=80)
     assert not projects(call, torch.float32) and not projects(call, twin=True)
     assert not projects(call, c_out=640)
+    # More rows than blocks of 32 are for, whatever the device: those of 64 would fill half of it.
+    assert projects(replace(call, m=5120), sms=188)
+    assert not projects(replace(call, m=5504), sms=188)
     assert not projects(Call(d=64, n=77, b=1, m=4096, h=5))
 
 
@@ -219,6 +234,24 @@ def test_what_cannot_run_is_refused_by_name(simt: ModuleType) -> None:
     inputs = make(Call(d=40, n=5), torch.bfloat16)
     inputs.q = torch.zeros(2, 37, 2, 44, dtype=torch.bfloat16)[..., 2:42]
     assert simt.query(*arguments(inputs), H100) == "alignment"
+    for size in ({"b": 65536}, {"h": 65536}, {"m": 2**24 + 1}):
+        assert of_size(simt, **size) == "size of the call"
+    for size in ({"b": 65535}, {"h": 65535}, {"m": 2**24}):
+        assert of_size(simt, **size)["blocks"] > 0
+
+
+def of_size(simt: ModuleType, b: int = 1, m: int = 1, h: int = 1) -> Any:
+    """What a call of such a size would launch, if its rows lay in one place."""
+    q, text = (np.zeros((1, 1, 1, 40), np.uint16) for _ in range(2))
+    text = np.broadcast_to(text, (b, 5, h, 40))
+    options = {"dtype": "bf16", "softmax_scale": 1.0}
+    return simt.query(np.broadcast_to(q, (b, m, h, 40)), [(text, text, None)], options, H100)
+
+
+def test_a_device_error_is_named(simt: ModuleType) -> None:
+    inputs = make(Call(d=40, n=7, b=1), torch.bfloat16)
+    result = run(simt, inputs, {"shared_limit": -1})  # as a device that is not there
+    assert result["error"] == "the block was given up"
 
 
 @pytest.mark.parametrize("limit", [ADA, A100, H100])
