@@ -23,4 +23,8 @@ NASA_EXPORT int snoopi_nasa_cuda_query(const snoopi::NasaParams* params, int dty
   return snoopi::nasa_query(*params, dtype, head_dim, shared_limit, found);
 }
 
-NASA_EXPORT const char* snoopi_nasa_cuda_error(int error) { return snoopi::nasa_error_name(error); }
+NASA_EXPORT const char* snoopi_nasa_cuda_error(int error) { return snoopi::nasa_error_text(error); }
+
+// Why this library cannot run on the current device: its driver is too old, or there is no machine
+// code for it. Null if it can.
+NASA_EXPORT const char* snoopi_nasa_cuda_trouble() { return snoopi::nasa_trouble(); }

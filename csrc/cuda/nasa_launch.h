@@ -22,6 +22,7 @@ constexpr int64_t kManyRows = 1024;  // more queries than this: blocks of twice 
 // of 160 multiprocessors.
 constexpr int kFewRowsOfBlock = 32;
 constexpr int64_t kFewRows = 160 * kFewRowsOfBlock;
+inline bool few_rows(const NasaParams& p) { return p.b * p.m <= kFewRows; }
 
 SIMT_HD constexpr bool compiled_dim(int d) { return NASA_ONLY_DIM == 0 || NASA_ONLY_DIM == d; }
 
@@ -81,7 +82,7 @@ inline bool one_tile_each(const NasaParams& p) {
 inline bool projects_well(const NasaParams& p, int dtype, int d, int c_out, int processors,
                           int capability) {
   if (capability < 90 || dtype == kFloat || p.twin || p.h < 1 || !one_tile_each(p)) return false;
-  if (d != 40 || p.h * d > 320 || c_out > 320) return false;
+  if (d != 40 || p.h * d > 320 || c_out > 320 || !few_rows(p)) return false;
   const int64_t blocks = p.b * ((p.m + kFewRowsOfBlock - 1) / kFewRowsOfBlock);
   return blocks <= processors && 4 * blocks >= 3 * processors;
 }
@@ -95,7 +96,7 @@ int visit_shapes(const NasaParams& p, const Visit& visit) {
   if (p.w_out != nullptr) {
     if constexpr (D == 40 && kSingle) {
       typedef Shape<T, D, KT, kFewRowsOfBlock / kWarpRows, 2, kSingle, true> Few;
-      if (p.b * p.m <= kFewRows) return visit.template instance<NasaKernel<Few>, Few>();
+      if (few_rows(p)) return visit.template instance<NasaKernel<Few>, Few>();
     }
     // 160 wide heads: fewer rows, or A100's shared memory is too small; and fewer keys.
     typedef Shape<T, D, D == 160 && !kSingle ? 32 : KT, D == 160 ? 2 : 4, 2, kSingle, true> S;
@@ -159,14 +160,29 @@ struct LaunchVisit {
   int instance() const {
     const int bytes = Kernel::shared_bytes(p);
     if (bytes > limit) return kNoSharedMemory;
-    return launch<Kernel>(Kernel::grid(p), bytes, stream, p) == 0 ? kOk : kLaunchFailed;
+    const int error = launch<Kernel>(Kernel::grid(p), bytes, stream, p);
+    return error == 0 ? kOk : kDeviceError + error;
   }
 };
 
 // Enqueues the call on the stream of the current device. No allocation, no wait.
 inline int nasa_launch(const NasaParams& p, int dtype, int d, void* stream) {
   const int limit = shared_limit();
-  return limit < 0 ? kNoDevice : visit_instances(p, dtype, d, LaunchVisit{p, limit, stream});
+  if (limit < 0) return kDeviceError - limit;
+  return visit_instances(p, dtype, d, LaunchVisit{p, limit, stream});
+}
+
+// What a NasaError means.
+inline const char* nasa_error_text(int error) {
+  return error > kDeviceError ? device_error_name(error - kDeviceError) : nasa_error_name(error);
+}
+
+// Why no call can run on the current device, or null. One instance stands for all: they are
+// compiled for the same devices.
+inline const char* nasa_trouble() {
+  const int error =
+      kernel_trouble<PlainKernel<NASA_ONLY_DIM == 0 ? 40 : NASA_ONLY_DIM>, NasaParams>();
+  return error == 0 ? nullptr : device_error_name(error);
 }
 
 // projects_well on the current device.

@@ -45,7 +45,7 @@ struct NasaParams {
       lse[kMaxTexts];  // [b m h] contiguous, natural log with the scale included; any may be null
 };
 
-// What nasa_launch returns. All but kLaunchFailed are known before anything is launched.
+// What nasa_launch returns. All but the last are known before anything is launched.
 enum NasaError : int {
   kOk = 0,
   kBadDType,
@@ -56,16 +56,15 @@ enum NasaError : int {
   kMisaligned,      // a pointer or stride is no multiple of 16 bytes
   kTooLarge,        // for the grid, or a stride for 32 bits
   kNoSharedMemory,  // no instance fits the device
-  kNoDevice,
-  kLaunchFailed,
+  kDeviceError,     // and all above: less this, an error of the device's (of CUDA's runtime)
 };
 
+// Of the errors below kDeviceError.
 inline const char* nasa_error_name(int error) {
   static const char* const names[] = {
-      "ok",           "dtype",     "head dim",         "texts",         "softmax scale",
-      "projection",   "alignment", "size of the call", "shared memory", "no CUDA device",
-      "launch failed"};
-  return error >= 0 && error <= kLaunchFailed ? names[error] : "unknown";
+      "ok",         "dtype",     "head dim",         "texts",        "softmax scale",
+      "projection", "alignment", "size of the call", "shared memory"};
+  return error >= 0 && error < kDeviceError ? names[error] : "unknown";
 }
 
 // What a call would launch.

@@ -150,11 +150,16 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
   Kernel::run(params);
 }
 
-// Of the current device; negative if there is none.
+inline const char* device_error_name(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+// Of the current device; minus the CUDA error if there is none.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return -1;
-  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : -1;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
+  return error == cudaSuccess ? value : -static_cast<int>(error);
 }
 // Shared memory that a block may have.
 inline int shared_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
@@ -165,8 +170,16 @@ inline int device_capability() {
          device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
+// 0, or the CUDA error that keeps a kernel from the current device: no machine code for it, a
+// driver older than the runtime.
+template <typename Kernel, typename Params>
+int kernel_trouble() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel_entry<Kernel, Params>);
+}
+
 // 0, or the CUDA error of the launch. Neither waits nor allocates, so it may be captured in a
-// graph.
+// graph. Not by <<<>>>, whose error is CUDA's last one: maybe that of a call long before.
 template <typename Kernel, typename Params>
 int launch(Grid grid, int shared_bytes, void* stream, const Params& params) {
   void (*entry)(Params) = kernel_entry<Kernel, Params>;
@@ -175,9 +188,9 @@ int launch(Grid grid, int shared_bytes, void* stream, const Params& params) {
         cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  entry<<<dim3(grid.x, grid.y, grid.z), Kernel::kThreads, shared_bytes,
-          static_cast<cudaStream_t>(stream)>>>(params);
-  return cudaGetLastError();
+  void* arguments[] = {const_cast<Params*>(&params)};
+  return cudaLaunchKernel(entry, dim3(grid.x, grid.y, grid.z), dim3(Kernel::kThreads), arguments,
+                          shared_bytes, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace SIMT_BACKEND

@@ -210,7 +210,7 @@ py::dict run_nasa(const py::array& q, const py::list& texts, const py::dict& opt
   const int error = snoopi_nasa_emulated(&p, call.dtype, call.head_dim, nullptr);
   if (error == kOk) machine.global.check_all_written();
   py::dict result;
-  result["error"] = nasa_error_name(error);
+  result["error"] = snoopi_nasa_emulated_error(error);
   result["reports"] = take_reports();
   result["counts"] = take_counts();
   result["out"] = out;
@@ -227,7 +227,7 @@ py::object query_nasa(const py::array& q, const py::list& texts, const py::dict&
   NasaInstance found = {};
   const int error =
       snoopi_nasa_emulated_query(&call.params, call.dtype, call.head_dim, shared_limit, &found);
-  if (error != kOk) return py::str(nasa_error_name(error));
+  if (error != kOk) return py::str(snoopi_nasa_emulated_error(error));
   py::dict result;
   result["rows"] = found.rows;
   result["threads"] = found.threads;

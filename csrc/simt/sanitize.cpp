@@ -60,7 +60,7 @@ int call(int dtype, int d, int64_t m, int64_t n, int64_t c_out) {
     printf("%s at %s: %s\n", name(report.fault), report.site.str().c_str(), report.detail.c_str());
   }
   printf("d=%d m=%d n=%d c_out=%d: %s\n", d, static_cast<int>(m), static_cast<int>(n),
-         static_cast<int>(c_out), nasa_error_name(error));
+         static_cast<int>(c_out), snoopi_nasa_emulated_error(error));
   return error != kOk || !emulation::machine.reports.list().empty();
 }
 

@@ -228,6 +228,11 @@ inline int shared_limit() { return machine.settings.shared_limit; }
 #endif
 inline int device_processors() { return SIMT_PROCESSORS; }
 inline int device_capability() { return 90; }
+inline const char* device_error_name(int) { return "the block was given up"; }
+template <typename Kernel, typename Params>
+int kernel_trouble() {
+  return 0;
+}
 
 // 0, or 1 if the block was given up, which was reported.
 template <typename Kernel, typename Params>

@@ -131,7 +131,8 @@ def nasa_attention(
         ValueError: arguments that do not fit together; backend="fused" where it does not exist.
     """
     texts = _texts((k_pos, v_pos, mask_pos), (k_neg, v_neg, mask_neg), (k_null, v_null, mask_null))
-    return _nasa(_Call(q, texts, w_out, b_out), nasa_scale, softmax_scale, backend)
+    call = _Call(q, texts, w_out, b_out, softmax_scale)
+    return _nasa(call, nasa_scale, _choose(call, nasa_scale, backend).path)
 
 
 def nasa_attention_packed(
@@ -154,11 +155,12 @@ def nasa_attention_packed(
     """
     texts = {"_pos": pos, "_neg": neg} | ({} if null is None else {"_null": null})
     w_out, b_out = (None, None) if out is None else (out.weight, out.bias)
-    call = _Call(q, texts, w_out, b_out)
-    if _choose(call, nasa_scale, "auto").path != "fused" or not _laid_out(call):
-        return _nasa(call, nasa_scale, softmax_scale, "auto")
+    call = _Call(q, texts, w_out, b_out, softmax_scale)
+    path = _choose(call, nasa_scale, "auto").path
+    if path != "fused" or not _laid_out(call):
+        return _nasa(call, nasa_scale, path)
     formula = Formula(_strength(nasa_scale, call.q), "nasa")
-    return call.run(_guided, call, out, formula, _softmax_scale(softmax_scale, call.q))
+    return call.run(_guided, call, out, formula)
 
 
 def guided_attention(
@@ -190,14 +192,13 @@ def guided_attention(
             q, pos, neg, out, null=null, nasa_scale=formula.strength, softmax_scale=softmax_scale
         )
     w_out, b_out = (None, None) if out is None else (out.weight, out.bias)
-    call = _Call(q, {"_pos": pos, "_neg": neg}, w_out, b_out)
+    call = _Call(q, {"_pos": pos, "_neg": neg}, w_out, b_out, softmax_scale)
     checks.check_strength(formula.strength, call.q)
-    scale = _softmax_scale(softmax_scale, call.q)
     # On CUDA the kernel has NASA and the twin form; the others are combined from the latter.
     own = formula.kind == "combine" or q.device.type == "cuda"
     if not own and _choose_path(call, "auto", formula.strength).path == "fused":
         formula = formula._replace(strength=_strength(formula.strength, call.q))
-        return call.run(_guided, call, out, formula, scale)
+        return call.run(_guided, call, out, formula)
     texts = (pos.k, pos.v, neg.k, neg.v)
     twins = twin_attention(
         q, *texts, mask_pos=pos.mask, mask_neg=neg.mask, softmax_scale=softmax_scale
@@ -231,11 +232,12 @@ def twin_attention(
     Raises:
         ValueError: as `nasa_attention`.
     """
-    call = _Call(q, _texts((k_pos, v_pos, mask_pos), (k_neg, v_neg, mask_neg)))
+    texts = _texts((k_pos, v_pos, mask_pos), (k_neg, v_neg, mask_neg))
+    call = _Call(q, texts, softmax_scale=softmax_scale)
     pos, neg = call.texts["_pos"], call.texts["_neg"]
     fused = _choose_path(call, backend).path == "fused"
     chain = library.twin_op if fused else reference.twin_attention
-    return call.run(chain, call.q, pos, neg, _softmax_scale(softmax_scale, call.q))
+    return call.run(chain, call.q, pos, neg, call.scale)
 
 
 def explain(
@@ -262,7 +264,7 @@ def explain(
         ValueError: as `nasa_attention`.
     """
     texts = _texts((k_pos, v_pos, mask_pos), (k_neg, v_neg, mask_neg), (k_null, v_null, mask_null))
-    return _choose(_Call(q, texts, w_out, b_out), nasa_scale, backend)
+    return _choose(_Call(q, texts, w_out, b_out, softmax_scale), nasa_scale, backend)
 
 
 class _Call:
@@ -274,6 +276,7 @@ class _Call:
         texts: Mapping[str, TextPack],
         w_out: Tensor | None = None,
         b_out: Tensor | None = None,
+        softmax_scale: float | None = None,
     ) -> None:
         device = q.device.type
         self.autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
@@ -281,8 +284,14 @@ class _Call:
         )
         checks.check_call(q, texts, w_out, b_out, same_dtype=not self.autocast)
         self.q, self.texts, self.w_out, self.b_out = q, texts, w_out, b_out
+        self.softmax_scale = softmax_scale
         if self.autocast:
             self._cast()
+
+    @property
+    def scale(self) -> float:
+        """The softmax scale, d ** -0.5 unless it was given."""
+        return _softmax_scale(self.softmax_scale, self.q)
 
     def _cast(self) -> None:
         q = self.q
@@ -312,16 +321,13 @@ class _Call:
         return eager.needs_grad(self.q, self.w_out, self.b_out, *tensors, *others)
 
 
-def _nasa(
-    call: _Call, nasa_scale: float | Tensor, softmax_scale: float | None, backend: str
-) -> Tensor:
-    path = _choose(call, nasa_scale, backend).path
+def _nasa(call: _Call, nasa_scale: float | Tensor, path: str) -> Tensor:
     q, pos, neg, null = call.q, call.texts["_pos"], call.texts["_neg"], call.texts.get("_null")
     out = (call.w_out, call.b_out)
     if path == "plain":
-        return call.run(_attend, q, pos, *out, softmax_scale)
-    a, scale = _strength(nasa_scale, q), _softmax_scale(softmax_scale, q)
-    return call.run(_CHAINS[path], q, pos, neg, null, *out, a, scale)
+        return call.run(_attend, q, pos, *out, call.softmax_scale)
+    a = _strength(nasa_scale, q)
+    return call.run(_CHAINS[path], q, pos, neg, null, *out, a, call.scale)
 
 
 _CHAINS: dict[str, Callable[..., Tensor]] = {
@@ -361,8 +367,8 @@ def _packing_costs_more(call: _Call) -> bool:
 
 def _choose_path(call: _Call, backend: str, nasa_scale: object = None) -> Choice:
     checks.check_backend(backend)
-    longest = max(text.k.shape[1] for text in call.texts.values())
-    missing = native.why_not_attend(call.q, longest)
+    texts = [x for text in call.texts.values() for x in (text.k, text.v)]
+    missing = native.why_not_attend(call.q, texts, call.softmax_scale)
     loaded = native.CUDA if call.q.device.type == "cuda" else native.NATIVE
     if backend == "fused":
         if missing is not None:
@@ -378,19 +384,23 @@ def _choose_path(call: _Call, backend: str, nasa_scale: object = None) -> Choice
     return Choice("fused", loaded.why)
 
 
-def _guided(call: _Call, out: LinearPack | None, formula: Formula, scale: float) -> Tensor:
+def _guided(call: _Call, out: LinearPack | None, formula: Formula) -> Tensor:
     """The fused op; texts that are not packed are packed here."""
     texts = [t if t.packed is not None else pack_text(*t[:3]) for t in call.texts.values()]
     null = texts[2] if len(texts) > 2 else None
     if out is not None and call.w_out is not out.weight:  # cast: the pack is of another dtype
         assert call.w_out is not None
         out = LinearPack(call.w_out, call.b_out)
-    return library.guided_op(call.q, texts[0], texts[1], null, out, formula, scale)
+    return library.guided_op(call.q, texts[0], texts[1], null, out, formula, call.scale)
 
 
 def _laid_out(call: _Call) -> bool:
-    """Whether every text holds the native layout: made by a native op, for the call's dtype."""
-    return all(text.packed is not None for text in call.texts.values())
+    """Whether every text holds the native layout: made by a native op, for the call's dtype.
+
+    A pack that was moved to another device still holds the CPU's, which nothing there reads.
+    """
+    here = call.q.device.type == "cpu"
+    return here and all(text.packed is not None for text in call.texts.values())
 
 
 def _texts(*parts: tuple[Tensor | None, Tensor | None, Tensor | None]) -> dict[str, TextPack]:

@@ -1,7 +1,10 @@
 """Finds and loads the native ops (snoopi/_cpu.so, _cuda.so); remembers why one is absent."""
 
+import ctypes
+import functools
 import re
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,12 +12,16 @@ import torch
 from torch import Tensor
 
 VERSION = 4  # of the ops, in csrc/cpu/nasa.cpp
-CUDA_VERSION = 1  # in csrc/cuda/torch.cpp
+CUDA_VERSION = 2  # in csrc/cuda/torch.cpp
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_HEAD_DIMS = (40, 64, 72, 80, 160)  # of instances in csrc/cuda/nasa_launch.h
 CUDA_TEXT = 512  # most keys of a text
 CUDA_CAPABILITY = (8, 0)  # the least: cp.async and mma of bf16
+CUDA_GRID = 65535  # most items of a batch, and most heads
+CUDA_QUERIES = 2**24  # most of an item
+CUDA_SPAN = 2**31 - 1  # most elements from an item's first row to its end
+_PACKAGE = Path(__file__).resolve().parent.parent
 
 
 class Native(NamedTuple):
@@ -40,7 +47,7 @@ def load(folder: Path | None = None) -> Native:
     An absent library is a choice (SNOOPI_BUILD=none) and passes in silence; one that is present but
     unusable gives a warning. Never raises.
     """
-    path = (folder or Path(__file__).resolve().parent.parent) / "_cpu.so"
+    path = (folder or _PACKAGE) / "_cpu.so"
     if not path.is_file():
         return Native(False, "the native op snoopi/_cpu.so is not built")
     trouble = _unfit(path)
@@ -67,7 +74,7 @@ def load(folder: Path | None = None) -> Native:
 
 def load_cuda(folder: Path | None = None) -> Native:
     """Load the CUDA op, which is built on a stable ABI for torch 2.13 and later. As `load`."""
-    path = (folder or Path(__file__).resolve().parent.parent) / "_cuda.so"
+    path = (folder or _PACKAGE) / "_cuda.so"
     if not path.is_file():
         return Native(False, "the CUDA op snoopi/_cuda.so is not built")
     try:
@@ -123,21 +130,51 @@ def why_not(x: Tensor) -> str | None:
     return None if NATIVE.loaded else NATIVE.why
 
 
-def why_not_attend(q: Tensor, longest: int) -> str | None:
-    """Why no fused attention takes q [b m h d] and texts of so many keys; None if one does."""
+def why_not_attend(q: Tensor, texts: Collection[Tensor], softmax_scale: float | None) -> str | None:
+    """Why no fused attention takes q [b m h d] and such keys and values; None if one does.
+
+    On CUDA: whatever csrc/cuda/nasa_launch.h would refuse.
+    """
     if q.device.type != "cuda":
         return why_not(q)
     if not CUDA.loaded:
         return CUDA.why
     if q.dtype not in _CUDA_DTYPES:
         return f"there is no fused CUDA kernel for {q.dtype}"
-    if q.shape[-1] not in CUDA_HEAD_DIMS:
+    b, m, h, d = q.shape
+    if d not in CUDA_HEAD_DIMS:
         known = ", ".join(map(str, CUDA_HEAD_DIMS))
-        return f"there is no fused CUDA kernel for heads of {q.shape[-1]}; there are {known}"
+        return f"there is no fused CUDA kernel for heads of {d}; there are {known}"
+    longest = max(x.shape[1] for x in texts)
     if longest > CUDA_TEXT:
         return f"the fused CUDA kernel takes texts of {CUDA_TEXT} keys at most, got {longest}"
+    if softmax_scale is not None and not softmax_scale >= torch.finfo(torch.float32).tiny:
+        return f"the fused CUDA kernel takes a softmax_scale above 0, got {softmax_scale}"
+    # Rows that cannot be read as they lie are copied, to lie one after the other.
+    span = max(x.shape[1] * max(x.stride(1), h * d) for x in (q, *texts))
+    if max(b, h) > CUDA_GRID or m > CUDA_QUERIES or span > CUDA_SPAN:
+        return f"the fused CUDA kernel does not take calls of this size, q {[b, m, h, d]}"
     has = torch.cuda.get_device_capability(q.device)
     if has < CUDA_CAPABILITY:
         needed, found = (".".join(map(str, c)) for c in (CUDA_CAPABILITY, has))
         return f"the fused CUDA kernel needs compute capability {needed}, got {found}"
-    return None
+    trouble = device_trouble(q.device.index)
+    return None if trouble is None else f"the CUDA op cannot run on {q.device}: {trouble}"
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot look into a C function
+def device_trouble(index: int | None) -> str | None:
+    """Why the CUDA op, once loaded, cannot run on a device, in CUDA's words; None if it can.
+
+    Its runtime may be newer than the driver, or it holds no code for the device.
+    """
+    return _device_trouble(index)
+
+
+@functools.cache
+def _device_trouble(index: int | None) -> str | None:
+    trouble = ctypes.CDLL(str(_PACKAGE / "_cuda.so")).snoopi_nasa_cuda_trouble
+    trouble.restype = ctypes.c_char_p
+    with torch.cuda.device(index):
+        found: bytes | None = trouble()
+    return None if found is None else found.decode()

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, Inputs, error, make
-from simt_build import CUDA, FLAGS, SIMT, cached, compiler, sources
+from simt_build import CUDA, FLAGS, SIMT, cached, compiler, setup_py, sources
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import cpp_extension
 
-from snoopi.ops import library, reference
+from snoopi.ops import library, native, reference
 from snoopi.ops.native import CUDA_TEXT, CUDA_VERSION
 from snoopi.ops.packs import TextPack
 
@@ -31,7 +31,7 @@ def ops() -> Any:
     gxx = compiler()
     torch_flags = ["-std=c++20", *FLAGS[1:], "-DSNOOPI_EMULATED"]
     torch_flags += [
-        "-DTORCH_TARGET_VERSION=0x020d000000000000",
+        f"-DTORCH_TARGET_VERSION={setup_py().STABLE_ABI}",
         f"-DBUILT_FOR={torch.__version__!r}",
     ]
     torch_flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
@@ -188,7 +188,7 @@ def test_what_the_kernel_cannot_take_is_refused(ops: Any) -> None:
     refused("a mask must be bool", kwargs={"mask_neg": torch.ones(2, 19, dtype=torch.bool)})
     refused("strength must be", kwargs={"nasa_scale": torch.ones(2, 17)})
     long = torch.zeros(1, CUDA_TEXT + 1, 2, 40, dtype=torch.bfloat16)
-    refused("texts", text2=long, text3=long)
+    refused("refused a call: texts", text2=long, text3=long)
 
 
 def test_schemas_and_limits_are_those_of_the_package(ops: Any) -> None:
@@ -200,3 +200,7 @@ def test_schemas_and_limits_are_those_of_the_package(ops: Any) -> None:
     assert f"kVersion = {CUDA_VERSION};" in source
     params = (CUDA / "nasa_params.h").read_text()
     assert f"kMaxTextLength = {CUDA_TEXT};" in params
+    launch = (CUDA / "nasa_launch.h").read_text()
+    assert f"p.b > {native.CUDA_GRID} || p.h > {native.CUDA_GRID}" in launch
+    assert native.CUDA_QUERIES == 1 << 24 and "p.m > (1 << 24)" in launch
+    assert native.CUDA_SPAN == 2**31 - 1 and "rows > INT32_MAX" in launch
