@@ -95,7 +95,10 @@ def _run(options: argparse.Namespace) -> None:
         plots.check_installed("--plots")
     common.check_file("--json", options.json)
     common.check_folder("--plots", options.plots)
-    machine = common.begin(threads, TABLE, f"{options.repeats} interleaved rounds", options.device)
+    rounds = f"{options.repeats} interleaved rounds"
+    if options.device == "cuda":
+        rounds += ", the device's share alone: calls are replayed from CUDA graphs"
+    machine = common.begin(threads, TABLE, rounds, options.device)
     with torch.inference_mode():
         _check_all(cases)
         print("\n" + common.text_head(TABLE.columns), flush=True)
@@ -211,7 +214,7 @@ def measure(case: Case, repeats: int, *, compile: bool = True) -> dict[str, Any]
             common.check_error(f"{case}, compiled", dtype, found["compiled"], found["eager"])
             runs["compiled"] = fast
         timed: dict[str, Callable[[], object]] = {**runs, "gemm": lambda: F.linear(*gemm)}
-        parts = {name: [common.enqueued(run, device)] for name, run in timed.items()}
+        parts = {name: [common.replayed(run, device)] for name, run in timed.items()}
         times = {name: made[0] for name, made in common.interleave(parts, repeats).items()}
     ms = {name: taken.ms for name, taken in times.items()}
     roof = 2 * GEMM[0] * GEMM[1] * GEMM[2] / ms["gemm"] / 1e6  # GFLOP/s
@@ -434,7 +437,8 @@ def _parser() -> argparse.ArgumentParser:
         help=f"real (the models' layers), sweep (one size at a time), or names: {', '.join(REAL)}",
     )
     common.add_options(parser)
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs")
+    where = "where it runs; cuda: the device's share of a call is timed, not that of the host"
+    add("--device", choices=("cpu", "cuda"), default="cpu", help=where)
     add("--repeats", type=int, default=20, metavar="N", help="rounds of every row")
     add(
         "--no-compile",

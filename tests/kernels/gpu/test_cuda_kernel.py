@@ -1,14 +1,15 @@
 """The CUDA kernels on a device: the calls of the emulated tests, and what only a device can show.
 
-Compiles csrc/cuda/nasa.cu for the device at hand and calls it through ctypes, so that it needs
-neither the package's own build nor PyTorch's headers.
+Calls snoopi/_cuda.so through ctypes, if it is there and no older than csrc/cuda; else compiles
+csrc/cuda/nasa.cu for the device at hand, which needs no PyTorch headers.
 """
 
 import ctypes
 import math
-import shutil
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import common
+from snoopi.ops import native
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "simt"))
 
-from simt_build import CUDA, cached, sources
+from simt_build import CUDA, cached, nvcc_path, sources
 from simt_cases import (
     DTYPES,
     FLOOR,
@@ -77,13 +81,15 @@ class Params(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("needs nvcc (CUDA toolkit)")
-    major, minor = torch.cuda.get_device_capability()
-    command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{major}{minor}", "-shared", "-Xcompiler=-fPIC"]
+    path, nvcc = native._PACKAGE / "_cuda.so", nvcc_path()
     inputs = [path for path in sources(kernels=True) if path.parent == CUDA]
-    loaded = ctypes.CDLL(str(cached("nasa.so", [*command, str(CUDA / "nasa.cu")], inputs)))
+    if not path.is_file() or path.stat().st_mtime < max(x.stat().st_mtime for x in inputs):
+        if nvcc is None:
+            pytest.skip("needs the CUDA op as it is built of these sources, or nvcc")
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+        command = [str(nvcc), "-std=c++17", "-O3", f"-arch={arch}", "-shared", "-Xcompiler=-fPIC"]
+        path = cached("nasa.so", [*command, str(CUDA / "nasa.cu")], inputs)
+    loaded = ctypes.CDLL(str(path))
     loaded.snoopi_nasa_cuda_error.restype = ctypes.c_char_p
     loaded.snoopi_nasa_cuda.argtypes = [
         ctypes.POINTER(Params),
@@ -123,7 +129,10 @@ class Prepared:
             params.nasa_scale = a
         shape = (call.b, call.m, call.h, call.d)
         if call.c_out is not None:
-            w, bias = self.keep(kwargs["w_out"]), self.keep(kwargs["b_out"])
+            w, bias = (
+                self.keep(kwargs["w_out"]),
+                self.keep(kwargs["b_out"]),
+            )  # the last that are kept
             params.w_out, params.b_out = w.data_ptr(), bias.data_ptr()
             params.c_out, shape = call.c_out, (call.b, call.m, call.c_out)
         nan = float("nan")
@@ -221,26 +230,27 @@ def test_a_graph_can_hold_it(library: ctypes.CDLL) -> None:
     assert torch.equal(prepared.out[0].cpu(), expected)
 
 
-def microseconds(call: Callable[[], object], repeats: int = 50) -> float:
-    """The median of several runs on the current stream."""
-    for _ in range(10):
-        call()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1000)
-    return sorted(times)[repeats // 2]
+def microseconds(runs: Sequence[Callable[[], object]]) -> float:
+    """The median time of these calls, each on its own memory, in a CUDA graph."""
+    part = common.replays(runs)
+    return 1e6 * statistics.median(part().seconds for _ in range(20))
+
+
+def test_replays_run_the_calls_and_time_one_of_them() -> None:
+    counts = torch.zeros(3, device="cuda")
+    part = common.replays([partial(row.add_, 1) for row in counts])
+    counts.zero_()
+    span = part()
+    assert 0 < span.seconds < 1e-3
+    assert counts[0] >= 1 and (counts == counts[0]).all()
 
 
 def test_print_times(library: ctypes.CDLL) -> None:
     """Prints, and judges nothing: the kernel beside PyTorch's chain, and both with a projection.
 
     The kernel that projects by itself is beside the one that leaves it to a product: it is the
-    default where csrc/cuda/nasa_launch.h (projects_well) takes it to be faster.
+    default where csrc/cuda/nasa_launch.h (projects_well) takes it to be faster. The device alone is
+    timed, on more inputs than its second cache holds.
     """
     for m, h, d, n in (
         (4096, 8, 40, 77),
@@ -248,25 +258,41 @@ def test_print_times(library: ctypes.CDLL) -> None:
         (4096, 10, 64, 77),
         (1024, 16, 72, 120),
     ):
-        prepared = Prepared(Call(d, n, b=1, m=m, h=h), torch.bfloat16)
-        inputs = prepared.inputs
-        q, *texts = (x.cuda() for x in (inputs.q, *inputs.texts))
-        on_device = type(inputs)(q, texts, {**inputs.kwargs, "mask_pos": None, "mask_neg": None})
-        ours, eager = microseconds(partial(prepared.launch, library)), microseconds(on_device.eager)
+        call = Call(d, n, b=1, m=m, h=h)
+        prepared = copies(call)
+        chains = []
+        for inputs in (x.inputs for x in prepared):
+            q, *texts = (x.cuda() for x in (inputs.q, *inputs.texts))
+            kwargs = {**inputs.kwargs, "mask_pos": None, "mask_neg": None}
+            chains.append(type(inputs)(q, texts, kwargs).eager)
+        ours = microseconds([partial(x.launch, library) for x in prepared])
+        eager = microseconds(chains)
         print(f"m={m} h={h} d={d} n={n}: {ours:.1f} us, eager {eager:.1f} us")
-        call = Call(d, n, b=1, m=m, h=h, c_out=h * d)
+        call = replace(call, c_out=h * d)
         if h * d <= 640 and fits(library, call, torch.bfloat16):
             print_projections(library, call, prepared)
 
 
-def print_projections(library: ctypes.CDLL, call: Call, plain: Prepared) -> None:
+def copies(call: Call) -> list[Prepared]:
+    """So many of a call that their tensors fill the second cache twice; 20 at least."""
+    first = Prepared(call, torch.bfloat16)
+    size = sum(x.nbytes for x in (*first.kept, *first.out))
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    number = max(20, 2 * cache // size)
+    return [first, *(Prepared(call, torch.bfloat16) for _ in range(number - 1))]
+
+
+def print_projections(library: ctypes.CDLL, call: Call, plain: list[Prepared]) -> None:
     """Times of a call with its projection, in the kernel and by a product after `plain`."""
-    inside = Prepared(call, plain.dtype)
-    w, bias = (inside.inputs.kwargs[name].cuda() for name in ("w_out", "b_out"))
+    inside = copies(call)
 
-    def by_a_product() -> None:
-        plain.launch(library)
-        torch.nn.functional.linear(plain.out[0].flatten(2), w, bias)
+    def by_a_product(x: Prepared, w: Tensor, bias: Tensor) -> None:
+        x.launch(library)
+        torch.nn.functional.linear(x.out[0].flatten(2), w, bias)
 
-    times = [microseconds(run) for run in (partial(inside.launch, library), by_a_product)]
+    ours = [partial(x.launch, library) for x in inside]
+    theirs = [
+        partial(by_a_product, x, *other.kept[-2:]) for x, other in zip(plain, inside, strict=False)
+    ]
+    times = microseconds(ours), microseconds(theirs)
     print("    projected inside {:.1f} us, by a product {:.1f} us".format(*times))
