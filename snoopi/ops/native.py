@@ -131,35 +131,41 @@ def why_not(x: Tensor) -> str | None:
 
 
 def why_not_attend(q: Tensor, texts: Collection[Tensor], softmax_scale: float | None) -> str | None:
-    """Why no fused attention takes q [b m h d] and such keys and values; None if one does.
-
-    On CUDA: whatever csrc/cuda/nasa_launch.h would refuse.
-    """
+    """Why no fused attention takes q [b m h d] and such keys and values; None if one does."""
     if q.device.type != "cuda":
         return why_not(q)
     if not CUDA.loaded:
         return CUDA.why
-    if q.dtype not in _CUDA_DTYPES:
-        return f"there is no fused CUDA kernel for {q.dtype}"
-    b, m, h, d = q.shape
-    if d not in CUDA_HEAD_DIMS:
-        known = ", ".join(map(str, CUDA_HEAD_DIMS))
-        return f"there is no fused CUDA kernel for heads of {d}; there are {known}"
-    longest = max(x.shape[1] for x in texts)
-    if longest > CUDA_TEXT:
-        return f"the fused CUDA kernel takes texts of {CUDA_TEXT} keys at most, got {longest}"
-    if softmax_scale is not None and not softmax_scale >= torch.finfo(torch.float32).tiny:
-        return f"the fused CUDA kernel takes a softmax_scale above 0, got {softmax_scale}"
-    # Rows that cannot be read as they lie are copied, to lie one after the other.
-    span = max(x.shape[1] * max(x.stride(1), h * d) for x in (q, *texts))
-    if max(b, h) > CUDA_GRID or m > CUDA_QUERIES or span > CUDA_SPAN:
-        return f"the fused CUDA kernel does not take calls of this size, q {[b, m, h, d]}"
+    if (beyond := beyond_cuda(q, texts, softmax_scale)) is not None:
+        return beyond
     has = torch.cuda.get_device_capability(q.device)
     if has < CUDA_CAPABILITY:
         needed, found = (".".join(map(str, c)) for c in (CUDA_CAPABILITY, has))
         return f"the fused CUDA kernel needs compute capability {needed}, got {found}"
     trouble = device_trouble(q.device.index)
     return None if trouble is None else f"the CUDA op cannot run on {q.device}: {trouble}"
+
+
+def beyond_cuda(q: Tensor, texts: Collection[Tensor], softmax_scale: float | None) -> str | None:
+    """Why csrc/cuda/nasa_launch.h would refuse such a call; None if it would not.
+
+    The words hold no number that may be a symbol, of which torch.compile makes no text.
+    """
+    if q.dtype not in _CUDA_DTYPES:
+        return f"there is no fused CUDA kernel for {q.dtype}"
+    b, m, h, d = q.shape
+    if d not in CUDA_HEAD_DIMS:
+        known = ", ".join(map(str, CUDA_HEAD_DIMS))
+        return f"there is no fused CUDA kernel for heads of {int(d)}; there are {known}"
+    if max(x.shape[1] for x in texts) > CUDA_TEXT:
+        return f"the fused CUDA kernel takes texts of {CUDA_TEXT} keys at most"
+    if softmax_scale is not None and not softmax_scale >= torch.finfo(torch.float32).tiny:
+        return "the fused CUDA kernel takes a softmax_scale above 0 alone"
+    # Rows that cannot be read as they lie are copied, to lie one after the other.
+    span = max(x.shape[1] * max(x.stride(1), h * d) for x in (q, *texts))
+    if max(b, h) > CUDA_GRID or m > CUDA_QUERIES or span > CUDA_SPAN:
+        return "the fused CUDA kernel does not take so many items, heads or queries"
+    return None
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot look into a C function

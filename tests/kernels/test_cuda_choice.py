@@ -14,6 +14,7 @@ from snoopi.ops import native
 from snoopi.ops.native import CUDA_TEXT, Native
 
 HERE = Native(True, "native CUDA op")
+MANY = "so many items, heads or queries"
 
 
 class Positive(VSF):
@@ -67,17 +68,17 @@ def test_how_large_calls_may_be(gpu: pytest.MonkeyPatch, most: dict[str, int]) -
     ("call", "why"),
     [
         ({"d": 48}, "heads of 48; there are 40, 64, 72, 80, 160"),
-        ({"n": CUDA_TEXT + 1}, "texts of 512 keys at most, got 513"),
+        ({"n": CUDA_TEXT + 1}, "texts of 512 keys at most"),
         ({"dtype": torch.float64}, "no fused CUDA kernel for torch.float64"),
         ({"requires_grad": True}, "a gradient is wanted"),
-        ({"softmax_scale": 0.0}, "a softmax_scale above 0, got 0.0"),
-        ({"softmax_scale": -0.1}, "a softmax_scale above 0, got -0.1"),
-        ({"softmax_scale": 1e-50}, "a softmax_scale above 0, got 1e-50"),  # 0 in fp32
-        ({"b": 65536}, "calls of this size, q [65536, 64, 3, 40]"),
-        ({"h": 65536, "m": 1, "n": 5}, "calls of this size"),
-        ({"m": 2**24 + 1, "h": 1}, "calls of this size"),
-        ({"m": 2**20, "h": 52}, "calls of this size"),  # an item of more than 2^31 elements
-        ({"m": 2**20, "every": 18}, "calls of this size"),
+        ({"softmax_scale": 0.0}, "a softmax_scale above 0"),
+        ({"softmax_scale": -0.1}, "a softmax_scale above 0"),
+        ({"softmax_scale": 1e-50}, "a softmax_scale above 0"),  # 0 in fp32
+        ({"b": 65536}, MANY),
+        ({"h": 65536, "m": 1, "n": 5}, MANY),
+        ({"m": 2**24 + 1, "h": 1}, MANY),
+        ({"m": 2**20, "h": 52}, MANY),  # an item of more than 2^31 elements
+        ({"m": 2**20, "every": 18}, MANY),
     ],
 )
 def test_what_they_do_not_take_is_eager(
@@ -85,6 +86,21 @@ def test_what_they_do_not_take_is_eager(
 ) -> None:
     found = choice(**call)
     assert found.path == "eager" and why in found.why
+
+
+@pytest.mark.parametrize(
+    ("d", "n", "softmax_scale"), [(40, 77, None), (48, 77, None), (40, 513, None), (40, 77, -0.1)]
+)
+def test_the_choice_compiles_into_the_graph(d: int, n: int, softmax_scale: float | None) -> None:
+    """Also where sizes and numbers are symbols."""
+
+    def called(q: Tensor, text: Tensor, scale: float | None) -> Tensor:
+        return q + len(native.beyond_cuda(q, [text], scale) or "")
+
+    compiled = torch.compile(called, backend="eager", fullgraph=True, dynamic=True)
+    for more in (0, 1):
+        q, text = torch.zeros(2, 64 + more, 3, d), torch.zeros(2, n + more, 3, d)
+        assert torch.equal(compiled(q, text, softmax_scale), called(q, text, softmax_scale))
 
 
 def test_what_keeps_the_op_from_a_device_is_said(gpu: pytest.MonkeyPatch) -> None:
