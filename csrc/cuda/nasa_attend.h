@@ -358,7 +358,8 @@ SIMT_DEVICE void attend(const NasaParams& p, const Tile& tile, const Place& at,
     if constexpr (S::kReload) queries.load(at);
     const int tile_at = S::kQueryBytes + stage * S::kStageBytes;
     float s[S::kKeyTiles][4], shrink[2], weight[2];
-    const Place here = S::kNarrow ? at : at.again();  // wide heads have no registers to spare
+    // Wide heads with two accumulators have no registers to spare.
+    const Place here = S::kNarrow || S::kSingle ? at : at.again();
     logits<S>(s, queries, tile_at, here);
     limit<S>(s, tile_at + S::kLimitsAt, p.texts[now.text].mask != nullptr, now.left(p), here);
     softmax.take(s, scale_log2, shrink);
