@@ -196,8 +196,8 @@ class BuildOps(build_ext):
             self.spawn(command)
         except Exception as error:
             raise CompileError(
-                f"building the native op failed: {error}. The compiler's messages stand above; "
-                "SNOOPI_BUILD=none installs without it."
+                f"building a native op failed: {error}. The compiler's messages stand above; "
+                "SNOOPI_BUILD=cpu installs without the CUDA op, SNOOPI_BUILD=none without either."
             ) from None
 
 

@@ -137,7 +137,7 @@ def test_a_failing_nvcc_is_fatal_only_where_cuda_was_asked_for(
 ) -> None:
     install(tmp_path, monkeypatch, fails=True)
     assert not build(setup, tmp_path, "auto", monkeypatch)
-    with pytest.raises(CompileError, match="building the native op failed"):
+    with pytest.raises(CompileError, match="building a native op failed"):
         build(setup, tmp_path, "cuda", monkeypatch)
 
 
