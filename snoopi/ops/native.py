@@ -168,13 +168,17 @@ def beyond_cuda(q: Tensor, texts: Collection[Tensor], softmax_scale: float | Non
     return None
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look into a C function
 def device_trouble(index: int | None) -> str | None:
     """Why the CUDA op, once loaded, cannot run on a device, in CUDA's words; None if it can.
 
     Its runtime may be newer than the driver, or it holds no code for the device.
     """
     return _device_trouble(index)
+
+
+# torch.compile cannot look into a C function. The mark is torch.compiler.assume_constant_result's,
+# which imports dynamo, whoever compiles or not.
+device_trouble._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
