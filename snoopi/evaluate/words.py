@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -137,9 +138,12 @@ _READ_BY = {
 }
 
 
+_parser = functools.cache(parser)
+
+
 def given(options: argparse.Namespace, name: str) -> bool:
     """Whether an option has another value than it has by itself."""
-    return bool(getattr(options, name) != parser().get_default(name))
+    return bool(getattr(options, name) != _parser().get_default(name))
 
 
 def flag(name: str) -> str:

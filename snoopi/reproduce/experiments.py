@@ -314,8 +314,10 @@ def _tab3(world: str, records: Records) -> list[Table]:
         "NASA at 1": _negatives(_best(world), "nasa", 1.0),
     }
     gained = [
-        Claim(f"{arm} removes what a random negative names", arm, "", "gain", HIGHER, "0.5" in arm)
-        for arm in paper
+        Claim(
+            "NASA at 0.5 removes what a random negative names", "NASA at 0.5", "", "gain", HIGHER
+        ),
+        Claim("so does NASA at 1", "NASA at 1", "", "gain", HIGHER, paper=False),
     ]
     rules = {
         "NASA": arms["NASA"],
@@ -341,16 +343,9 @@ def _fig5(world: str, records: Records) -> list[Table]:
     for method, title in (("nasa", "NASA"), ("nasa-centred", "Null-centred NASA")):
         arms = {f"{a:g}": _negatives(_best(world), method, a) for a in ALPHAS}
         names = list(arms)
+        highest = 1.0 if method == "nasa" else 0.0  # strength in the paper's figure
         claims = [
-            # The paper's figure shows NASA from 0 to 1.
-            Claim(
-                f"{b} removes more than {a}",
-                b,
-                a,
-                "targeted",
-                HIGHER,
-                method == "nasa" and float(b) <= 1,
-            )
+            Claim(f"{b} removes more than {a}", b, a, "targeted", HIGHER, paper=float(b) <= highest)
             for a, b in itertools.pairwise(names)
         ]
         x = ("strength", {f"{a:g}": a for a in ALPHAS})

@@ -104,6 +104,16 @@ def test_the_folder_measures_as_the_model_did(
     assert "named: what the prompt names is right, by the shapes world's judge" in shown
 
 
+def test_a_worlds_removal_keeps_no_pictures(tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    words = ("--metrics", "removal", "--removal-count", "2", "--json", str(out))
+    assert evaluate.main((*WORLD[:5], *words)) == 0
+    figures = json.loads(out.read_text())["metrics"]["removal"]["figures"]
+    assert figures["targeted before"]["value"] == 0 and figures["easy after"]["n"] == 10
+    assert figures["easy keep"]["n"] != 10  # attributes, not pictures
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_a_stopped_command_goes_on(
     warm: Warm, drawn: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
