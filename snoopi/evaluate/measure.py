@@ -464,8 +464,6 @@ def _check_distance(name: str, bench: Bench) -> None:
     if bench.reference is None:
         raise ValueError(f"{name}: --reference must name real pictures, or a file of features")
     least = bench.switches.pr_k + 1 if name == "pr" else 2
-    if bench.keep and bench.features is None:
-        _check_kept(bench.keep, bench.rows, protocol)
     for what, given in (("--features", bench.features), ("--reference", bench.reference)):
         if isinstance(given, Features):
             if name != "fid" and given.rows is None:
@@ -483,6 +481,8 @@ def _check_distance(name: str, bench: Bench) -> None:
             raise ValueError(f"{name}: --{tool} must name a folder of tools ({protocol} features)")
         feature_files.check_tool(bench.tools[tool], tool)
     _check_alike(name, protocol, bench)
+    if bench.keep and bench.features is None:
+        _check_kept(bench.keep, bench.rows, protocol)
 
 
 def _check_alike(name: str, protocol: str, bench: Bench) -> None:

@@ -353,6 +353,10 @@ def test_pictures_are_read_once_for_two_metrics(
     )
     want = frechet_distance(*(side.stats for side in sides))
     assert found["fid"].figures["fid"].value == pytest.approx(want)
+    rows[0].file.unlink()
+    (keep / "fake-inception.safetensors").touch()
+    with pytest.raises(ValueError, match=r"fake-inception\.safetensors is of other pictures"):
+        measure.check(["fid"], bench)
 
 
 def test_what_metrics_need(tmp_path: Path, vgg: Path) -> None:
@@ -370,6 +374,7 @@ def test_what_metrics_need(tmp_path: Path, vgg: Path) -> None:
         ("fid", Bench(features=ten, reference=wide), "3 and 4 values"),
         ("fid", Bench(row * 2, reference=ten), "fid: --inception"),
         ("fid", Bench(row, reference=ten, tools={"inception": vgg}), "fid: needs 2 pictures"),
+        ("fid", Bench((), reference=ten, keep=tmp_path), "fid: needs 2 pictures or more, got 0"),
         ("fid", Bench(row * 2, reference=ten, tools={"inception": vgg}), "small-vgg"),
         ("fid", Bench(row * 2, reference=tmp_path), "holds no picture"),
         ("clip", Bench(row), "clip: .* --prompts"),
